@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Lints, checks types and runs the tests; further arguments go to pytest:  bash check.sh [-k NAME …]
+set -eo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
+cd "$root"
+find_python check
+# Test processes share the machine; more threads than cores slow each other down many times over.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+echo '+ ruff'
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+echo '+ mypy'
+"$python" -m mypy
+echo '+ pytest'
+"$python" -m pytest "$@"

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Fine-tunes from a checkpoint:  bash finetune.sh CHECKPOINT RECIPE [further flags of main.py]
+#
+# CHECKPOINT is a path or a URL. RECIPE is one of run_code.sh's: it says the data set; digits is tuned at 32 px from a
+# CIFAR model, the others at 224 px from an ImageNet model.
+#
+# Published values: total batch 256, learning rate 5e-4 (per 512), at the end 1e-6, weight decay 1e-8, warm-up 2,
+# 100 epochs, no repeated augmentation. Published top-1, DHVT-T / DHVT-S from ImageNet: cifar100 86.73 / 88.87,
+# clipart 77.88 / 80.06, painting 72.05 / 74.18, sketch 70.79 / 73.32.
+#
+# As published, the model is tuned in eval mode (BatchNorm frozen, no drop path); --train-mode changes that.
+# The same variables as for run_code.sh override: MODEL, DATA, OUTPUT, NPROC, NNODES, NODE_RANK, MASTER_ADDR, ….
+set -eo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
+
+case ${1:-} in
+    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit ;;
+esac
+if [ $# -lt 2 ]; then
+    echo 'error: usage: bash finetune.sh CHECKPOINT RECIPE [further flags]' >&2
+    exit 2
+fi
+checkpoint=$1 recipe=$2
+shift 2
+case $checkpoint in
+    *://*) ;;
+    *)
+        if [ ! -f "$checkpoint" ]; then
+            echo "error: $checkpoint: no such checkpoint file" >&2
+            exit 1
+        fi
+        ;;
+esac
+data_flags "$recipe"
+
+case $recipe in
+    digits)
+        model=dhvt_tiny_cifar_patch4 total=64 NPROC=${NPROC:-1}
+        flags=(--input-size 32 --epochs 5 --lr 8e-3 --warmup-epochs 1 --lr-delay-epochs 0 --aa none --color-jitter 0
+            --hflip 0 --reprob 0 --mixup 0 --cutmix 0 --no-repeated-aug --no-model-ema --num_workers 0)
+        ;;
+    *)
+        model=dhvt_tiny_imagenet_patch16 total=256
+        flags=(--input-size 224 --epochs 100 --lr 5e-4 --min-lr 1e-6 --weight-decay 1e-8 --warmup-epochs 2
+            --no-repeated-aug)
+        ;;
+esac
+
+find_python
+launch "$recipe-finetune" "${MODEL:-$model}" "$total" --finetune "$checkpoint" "${flags[@]}" "$@"

@@ -1,0 +1,636 @@
+"""Trains, fine-tunes and evaluates a model: `python main.py --help` lists the flags, run_code.sh holds the recipes."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import timm
+import torch
+import torch.distributed as dist
+import yaml
+from tensorboardX import SummaryWriter
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, random_seed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+import checkpoint as ckpt
+import models  # noqa: F401  registers DHVT with timm
+from datasets import DATA_SETS, EraseSecondHalf, Splits, build_datasets, build_transform, find_name
+from engine import evaluate, train_one_epoch
+from losses import create_criterion
+from samplers import EvalSampler, RASampler
+from speed import count_macs, images_per_second
+from utils import (
+    InputError,
+    Process,
+    UsageError,
+    default_device,
+    find_amp_dtype,
+    find_device,
+    find_process,
+    format_seconds,
+    get_rank,
+    in_turn,
+    init_distributed,
+    is_main_process,
+    log,
+    num_usable_cores,
+    one_line,
+    share_batchnorm_statistics,
+)
+
+# With --eval, flags that are not given are taken from the run that wrote the checkpoint.
+RECALLED_FLAGS = ('model', 'model_kwargs', 'data_set', 'data_path', 'input_size', 'nb_classes', 'batch_size', 'amp')
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Takes each long flag with hyphens and with underscores, and answers a wrong one in one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        spellings = {name.replace('_', '-'): name for name in self._option_string_actions}
+        normal = []
+        for arg in sys.argv[1:] if args is None else args:
+            flag, equals, value = arg.partition('=')
+            normal.append(spellings.get(flag.replace('_', '-'), flag) + equals + value if arg[:2] == '--' else arg)
+        return super().parse_known_args(normal, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
+
+
+def _number(kind: type, *, low: float, high: float = float('inf'), low_open: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number within limits."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (low < value if low_open else low <= value) or not value <= high or value == float('inf'):
+            limits = f'above {low:g}' if low_open else f'at least {low:g}'
+            raise argparse.ArgumentTypeError(f'{text} must be {limits}' + (f', at most {high:g}' if high < 1e9 else ''))
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+COUNT, FROM_ONE = _number(int, low=0), _number(int, low=1)
+AMOUNT, POSITIVE = _number(float, low=0.0), _number(float, low=0.0, low_open=True)
+PROBABILITY = _number(float, low=0.0, high=1.0)
+
+
+def _data_set(text: str) -> str:
+    try:
+        return find_name(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from None
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition('=')
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def get_args_parser() -> FlagParser:
+    """The flags. Names, meanings and defaults are the published code's; DIFFERENCES.md lists the exceptions."""
+    parser = FlagParser(
+        'main.py',
+        description='Train, fine-tune and evaluate DHVT.',
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument('--batch-size', default=64, type=FROM_ONE, help='images for each process and step')
+    parser.add_argument('--epochs', default=300, type=FROM_ONE, help='length of training and of the schedule')
+    parser.add_argument('--accum-steps', default=1, type=FROM_ONE, help='batches for each optimizer step')
+
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', default='dhvt_small_imagenet_patch16', help="a name of timm's registry")
+    group.add_argument('--model-kwargs', default=[], nargs='*', type=_key_value, metavar='KEY=VALUE',
+                       help="further arguments of the model's constructor")  # fmt: skip
+    group.add_argument('--input-size', default=224, type=FROM_ONE, help='image size in pixels')
+    group.add_argument('--nb-classes', type=FROM_ONE, help="size of the head; the data set's by default")
+    group.add_argument('--drop', default=0.0, type=PROBABILITY, help="dropout after attention's projection")
+    group.add_argument('--drop-path', default=0.1, type=PROBABILITY, help='drop path rate of the last block')
+    group.add_argument('--train-mode', action=switch, help='train with the model in training mode; --no-train-mode '
+                       'keeps BatchNorm frozen and drop path off, and is the default with --finetune')  # fmt: skip
+    group.add_argument('--model-ema', action=switch, default=True, help='keep a moving average of the weights')
+    group.add_argument('--model-ema-decay', default=0.99996, type=PROBABILITY, help='its decay for each step')
+    group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it in host memory')
+
+    group = parser.add_argument_group('optimizer')
+    group.add_argument('--opt', default='adamw', help="a name of timm's optimizers")
+    group.add_argument('--opt-eps', default=1e-8, type=POSITIVE, help='epsilon')
+    group.add_argument('--opt-betas', nargs=2, type=PROBABILITY, help="betas; the optimizer's own by default")
+    group.add_argument('--clip-grad', type=POSITIVE, metavar='NORM', help='largest gradient norm')
+    group.add_argument('--momentum', default=0.9, type=PROBABILITY, help='of optimizers that have one')
+    group.add_argument('--weight-decay', default=0.05, type=AMOUNT, help='of all but biases, norms and class token')
+
+    group = parser.add_argument_group('learning rate schedule')
+    group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly', 'plateau'))
+    group.add_argument('--lr', default=5e-4, type=AMOUNT, help='before scaling by total batch / 512')
+    group.add_argument('--lr-noise', nargs='+', type=PROBABILITY, metavar='PART', help='noise from (to) this part on')
+    group.add_argument('--lr-noise-pct', default=0.67, type=AMOUNT, help='limit of the noise')
+    group.add_argument('--lr-noise-std', default=1.0, type=AMOUNT, help='standard deviation of the noise')
+    group.add_argument('--warmup-lr', default=1e-6, type=AMOUNT, help='at the start of warm-up, not scaled')
+    group.add_argument('--min-lr', default=1e-5, type=AMOUNT, help='at the end, not scaled')
+    group.add_argument('--decay-epochs', default=30, type=POSITIVE, help='epochs between two decays (step)')
+    group.add_argument('--warmup-epochs', default=5, type=COUNT, help='epochs of warm-up')
+    group.add_argument('--cooldown-epochs', default=0, type=COUNT, help='epochs after the schedule, at its last rate')
+    group.add_argument('--patience-epochs', default=10, type=COUNT, help='epochs without improvement (plateau)')
+    group.add_argument('--decay-rate', '--dr', default=0.1, type=POSITIVE, help='factor of a decay (step, plateau)')
+    group.add_argument('--lr-delay-epochs', default=1, type=COUNT, help='epochs by which training trails the '
+                       "schedule: 1 as published, so that the first rate is used twice; 0 is timm's")  # fmt: skip
+
+    group = parser.add_argument_group('augmentation')
+    group.add_argument('--no-aug', action='store_true', help='train on the images as evaluation sees them')
+    group.add_argument('--color-jitter', default=0.4, type=AMOUNT, help='strength, where --aa is none')
+    group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help="timm's policy string, or none")
+    group.add_argument('--hflip', default=0.5, type=PROBABILITY, help='probability of a horizontal flip')
+    group.add_argument('--smoothing', default=0.1, type=PROBABILITY, help='label smoothing')
+    group.add_argument('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'))
+    group.add_argument('--repeated-aug', action=switch, default=True, help='each image three times, a third of them')
+    group.add_argument('--reprob', default=0.25, type=PROBABILITY, help='probability of random erasing')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='its fill')
+    group.add_argument('--recount', default=1, type=FROM_ONE, help='its count')
+    group.add_argument('--resplit', action='store_true', help='erase in the second half of each batch only')
+    group.add_argument('--mixup', default=0.8, type=AMOUNT, help='alpha, 0 for none')
+    group.add_argument('--cutmix', default=1.0, type=AMOUNT, help='alpha, 0 for none')
+    group.add_argument('--cutmix-minmax', nargs=2, type=PROBABILITY, help='ratios, in place of alpha')
+    group.add_argument('--mixup-prob', default=1.0, type=PROBABILITY, help='of either')
+    group.add_argument('--mixup-switch-prob', default=0.5, type=PROBABILITY, help='of cutmix where both are on')
+    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
+
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-path', default='data', help='folder of train/ and val/, or where CIFAR is put')
+    group.add_argument('--data-set', default='IMNET', type=_data_set, help=', '.join(DATA_SETS))
+    group.add_argument('--num_workers', type=COUNT, help='loader processes; 10, or fewer where there are fewer cores')
+    group.add_argument('--pin-mem', action=switch, default=True, help='pin batches in host memory for GPUs')
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--output_dir', default='', help='folder for checkpoints and logs; none by default')
+    group.add_argument('--finetune', default='', metavar='FILE', help='path or URL of the weights to start from')
+    group.add_argument('--resume', default='', metavar='FILE', help='path or URL of the checkpoint to go on from')
+    group.add_argument('--start_epoch', default=0, type=COUNT, help='first epoch; --resume sets it')
+    group.add_argument('--eval', action='store_true', help='evaluate only; the flags of the run that wrote the '
+                       'checkpoint are the defaults')  # fmt: skip
+    group.add_argument('--dist-eval', action='store_true', help='share evaluation out over the processes')
+    group.add_argument('--test_speed', action='store_true', help='print images per second and multiply-adds first')
+    group.add_argument('--only_test_speed', action='store_true', help='print them and leave')
+    group.add_argument('--seed', default=0, type=COUNT)
+    group.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
+    group.add_argument('--amp', default='auto', choices=('auto', 'off', 'fp16', 'bf16'),
+                       help='mixed precision: auto is bf16 where the hardware has it, else fp16 on GPUs')  # fmt: skip
+
+    group = parser.add_argument_group('processes', 'torchrun and SLURM set these themselves')
+    group.add_argument('--world_size', default=1, type=FROM_ONE, help='number of processes, if started by hand')
+    group.add_argument('--local_rank', default=0, type=COUNT, help="this process's number")
+    group.add_argument('--dist_url', default='env://', help='env:// or tcp://HOST:PORT')
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses and checks the flags.
+
+    Raises:
+        UsageError: for flags that contradict each other.
+        InputError: if `--eval --resume FILE` cannot read its file.
+    """
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.eval and args.resume:
+        stored = ckpt.stored_args(ckpt.load(args.resume))
+        parser.set_defaults(**{name: stored[name] for name in RECALLED_FLAGS if name in stored})
+        args = parser.parse_args(argv)
+
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixed and args.batch_size % 2 and not args.eval:
+        raise UsageError(f'--batch-size {args.batch_size} is odd: mixup and cutmix need an even one, or both at 0')
+    if args.cutmix_minmax and not 0 < args.cutmix_minmax[0] <= args.cutmix_minmax[1]:
+        raise UsageError('--cutmix-minmax needs two ratios, the smaller one first and above 0')
+    if args.lr_noise and len(args.lr_noise) > 2:
+        raise UsageError('--lr-noise takes one part of the training, or two')
+    if args.eval and not (args.resume or args.finetune):
+        raise UsageError('--eval needs the weights: --resume FILE or --finetune FILE')
+    if args.resplit and (args.reprob == 0 or args.no_aug):
+        raise UsageError('--resplit needs random erasing: --reprob above 0, and no --no-aug')
+    if args.eval and args.only_test_speed:
+        raise UsageError('--eval and --only_test_speed exclude each other')
+    if args.start_epoch and args.resume:
+        raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
+    if not args.resume and not args.eval and args.output_dir and Path(args.output_dir, 'checkpoint.pth').exists():
+        raise UsageError(
+            f'{args.output_dir} holds a run already: go on with --resume {Path(args.output_dir, "checkpoint.pth")}, '
+            'or choose another --output_dir'
+        )
+    return args
+
+
+def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+    """Builds the model by its name in timm's registry.
+
+    Raises:
+        UsageError: if timm does not know the name, or the model refuses its arguments.
+    """
+    if not timm.is_model(args.model):
+        near = ', '.join(timm.list_models('dhvt_*'))
+        raise UsageError(f"--model {args.model}: timm's registry has no such model; this project adds {near}")
+    kwargs: dict[str, Any] = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path, **dict(args.model_kwargs)}
+    if num_classes is not None:
+        kwargs.setdefault('num_classes', num_classes)
+    try:
+        try:
+            return timm.create_model(args.model, **{'img_size': args.input_size, **kwargs})
+        except TypeError as err:
+            if 'img_size' not in str(err):
+                raise
+            return timm.create_model(args.model, **kwargs)  # convolutional networks are not told the size
+    except (TypeError, ValueError, RuntimeError, AssertionError) as err:
+        raise UsageError(f'--model {args.model} refuses its arguments: {one_line(err)}') from None
+
+
+def load_splits(args: argparse.Namespace, process: Process) -> Splits:
+    """Builds the data set, one process first where files may have to be downloaded."""
+    augmentation = {
+        'no_aug': args.no_aug,
+        'hflip': args.hflip,
+        'color_jitter': args.color_jitter,
+        'auto_augment': None if args.aa.lower() in ('', 'none') else args.aa,
+        'interpolation': args.train_interpolation,
+        're_prob': 0.0 if args.resplit else args.reprob,  # with --resplit the collate function erases
+        're_mode': args.remode,
+        're_count': args.recount,
+    }
+    with in_turn(process):
+        return build_datasets(
+            args.data_set,
+            args.data_path,
+            train=not args.eval,
+            train_transform=build_transform(train=True, input_size=args.input_size, **augmentation),
+            val_transform=build_transform(train=False, input_size=args.input_size),
+            num_classes=args.nb_classes,
+        )
+
+
+def build_loaders(
+    args: argparse.Namespace, splits: Splits, process: Process, device: torch.device
+) -> tuple[DataLoader | None, DataLoader]:
+    """The training loader, None for evaluation only, and the evaluation loader.
+
+    Raises:
+        InputError: if the training images do not fill one batch.
+    """
+    local_processes = max(torch.cuda.device_count(), 1) if device.type == 'cuda' else process.world_size
+    cores = max(num_usable_cores() // min(local_processes, process.world_size), 1)
+    workers = min(10, cores) if args.num_workers is None else args.num_workers
+    common: dict[str, Any] = {'num_workers': workers, 'pin_memory': args.pin_mem and device.type == 'cuda'}
+    replicas, rank = process.world_size, process.rank
+    shard = EvalSampler(splits.val, num_replicas=replicas, rank=rank) if args.dist_eval else EvalSampler(splits.val)
+    val_loader = DataLoader(splits.val, sampler=shard, batch_size=int(1.5 * args.batch_size), **common)
+    if splits.train is None:
+        return None, val_loader
+    # The seeds of the published samplers: the epoch, not --seed, decides the order.
+    sampler_class = RASampler if args.repeated_aug else DistributedSampler
+    sampler: Any = sampler_class(splits.train, num_replicas=replicas, rank=rank)
+    if len(sampler) < args.batch_size:
+        raise InputError(
+            f'{len(sampler)} training images for each process do not fill one batch: '
+            f'lower --batch-size {args.batch_size}'
+        )
+    erase = EraseSecondHalf(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+    train_loader = DataLoader(
+        splits.train,
+        sampler=sampler,
+        batch_size=args.batch_size,
+        drop_last=True,
+        collate_fn=erase if args.resplit else None,
+        persistent_workers=workers > 0,
+        **common,
+    )
+    return train_loader, val_loader
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, device: torch.device) -> Any:
+    """timm's optimizer, with the scaled learning rate.
+
+    Raises:
+        UsageError: if timm does not know it, or it refuses its arguments.
+    """
+    kwargs: dict[str, Any] = {'eps': args.opt_eps}
+    if args.opt_betas is not None:
+        kwargs['betas'] = tuple(args.opt_betas)
+    if args.opt in ('adam', 'adamw') and device.type == 'cuda':
+        kwargs['fused'] = True  # skips steps that float16 spoils without a wait for the host
+    if args.opt in ('sgd', 'nesterov', 'momentum'):
+        kwargs.pop('eps')
+    try:
+        return create_optimizer_v2(
+            model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **kwargs
+        )
+    except (ValueError, TypeError, RuntimeError, AssertionError) as err:
+        raise UsageError(f'--opt {args.opt}: {one_line(err)}') from None
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Any:
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        decay_epochs=args.decay_epochs,
+        patience_epochs=args.patience_epochs,
+        decay_rate=args.decay_rate,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        noise=args.lr_noise,
+        noise_pct=args.lr_noise_pct,
+        noise_std=args.lr_noise_std,
+        noise_seed=args.seed,
+    )
+    return scheduler
+
+
+def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
+    """Prints parameters, multiply-adds and images per second of evaluation, measured on the main process."""
+    if not is_main_process():
+        return
+    size = (getattr(model, 'in_chans', 3), args.input_size, args.input_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    log(f'{args.model}: {parameters:,} parameters, {count_macs(model, size) / 1e9:.3f} G multiply-adds an image')
+    rate = images_per_second(model, size, batch_size=args.batch_size, amp_dtype=amp)
+    kind = 'float32' if amp is None else str(amp).removeprefix('torch.')
+    log(f'{rate:.1f} images/s in evaluation, batch {args.batch_size}, {args.input_size} px, {kind}, {device}')
+
+
+def report_accuracy(stats: dict[str, float]) -> None:
+    log(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
+    log(f'  acc@1 {stats["acc1"]:.4f}  acc@5 {stats["acc5"]:.4f}  loss {stats["loss"]:.6f}')
+
+
+def restore(
+    source: str, state: dict[str, Any], ema: ModelEmaV3 | None, optimizer: Any, scheduler: Any, scaler: Any
+) -> tuple[int, float]:
+    """Continues a run from its checkpoint, whose model is loaded already.
+
+    Returns:
+        The next epoch, and the best accuracy so far in percent.
+
+    Raises:
+        InputError: if the checkpoint is of another kind of run.
+    """
+    lacking = [name for name in ('optimizer', 'lr_scheduler', 'epoch') if name not in state]
+    if lacking:
+        raise InputError(f'{source} has no {", ".join(lacking)}: it cannot be resumed; start from it with --finetune')
+    if ema is not None:
+        weights = state.get('model_ema')
+        if weights is None:
+            log(f'{source} holds no moving average: it starts from the weights')
+        ckpt.load_whole(ema.module, weights or ckpt.model_weights(state, source), source)
+    try:
+        optimizer.load_state_dict(state['optimizer'])
+        scheduler.load_state_dict(state['lr_scheduler'])
+        if state.get('scaler') and scaler.is_enabled():
+            scaler.load_state_dict(state['scaler'])
+    except (ValueError, KeyError, RuntimeError) as err:
+        raise InputError(f'{source} is of a run with another optimizer or schedule: {one_line(err)}') from None
+    best = float(state.get('max_accuracy', 0.0))
+    log(f'Resumed from {source}: epoch {state["epoch"]} is done, best accuracy {best:.2f}%')
+    return int(state['epoch']) + 1, best
+
+
+def synchronize_stem(model: nn.Module, device: torch.device) -> None:
+    """Lets the stem's BatchNorms, and no others, see the batches of all processes, as in the published code.
+
+    PyTorch's SyncBatchNorm exists on GPUs only; on CPUs each process normalises its own batch (DIFFERENCES.md).
+    """
+    if device.type == 'cuda' and isinstance(getattr(model, 'patch_embed', None), nn.Module):
+        model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
+
+
+class OutputFolder:
+    """The files of a run, written by the main process; an empty path writes none.
+
+    Args:
+        path: the folder, made if absent.
+        settings: what goes into args.yaml.
+    """
+
+    def __init__(self, path: str, settings: dict[str, Any]) -> None:
+        self.path = Path(path) if path and is_main_process() else None
+        if self.path is not None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(settings, sort_keys=False)
+            ckpt.write_file(self.path / 'args.yaml', lambda file: file.write(text.encode()))
+            self.writer = SummaryWriter(str(self.path / 'runs'))
+
+    def save(self, state: dict[str, Any], *, best: bool) -> None:
+        if self.path is not None:
+            ckpt.save(self.path / 'checkpoint.pth', state)
+            if best:
+                ckpt.save(self.path / 'best_checkpoint.pth', state)
+
+    def write_log(self, line: dict[str, Any]) -> None:
+        if self.path is not None:
+            with open(self.path / 'log.txt', 'a') as file:
+                file.write(json.dumps(line) + '\n')
+            for name, value in line.items():
+                self.writer.add_scalar(name, value, line['epoch'])
+            self.writer.flush()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Builds everything from the arguments and runs the epochs; returns the last line of the log."""
+    process = find_process(os.environ, world_size=args.world_size, local_rank=args.local_rank)
+    device = find_device(args.device or default_device(), local_rank=process.local_rank)
+    init_distributed(process, device=device, dist_url=args.dist_url)
+    amp_dtype = find_amp_dtype(args.amp, device)
+    random_seed(args.seed, process.rank)
+    torch.backends.cudnn.benchmark = True
+
+    if args.only_test_speed:
+        model = create_model(args, args.nb_classes or DATA_SETS[args.data_set].num_classes).to(device)
+        report_speed(args, model, device, amp_dtype)
+        return {}
+
+    splits = load_splits(args, process)
+    train_loader, val_loader = build_loaders(args, splits, process, device)
+    for note in splits.notes:
+        log(f'Note: {note}')
+    model = create_model(args, splits.num_classes).to(device)
+    if args.resume:
+        resumed = ckpt.load(args.resume)
+        ckpt.load_whole(model, ckpt.model_weights(resumed, args.resume), args.resume)
+    elif args.finetune:
+        weights = ckpt.model_weights(ckpt.load(args.finetune), args.finetune)
+        for misfit in ckpt.load_fitting(model, weights, args.finetune):
+            log(f'{args.finetune}: {misfit}')
+    if args.test_speed:
+        report_speed(args, model, device, amp_dtype)
+
+    def test(module: nn.Module, header: str) -> dict[str, float]:
+        share_batchnorm_statistics(module)
+        return evaluate(model=module, loader=val_loader, device=device, amp_dtype=amp_dtype,
+                        sharded=args.dist_eval, header=header)  # fmt: skip
+
+    if train_loader is None:
+        stats = test(model, 'Test')
+        report_accuracy(stats)
+        return {f'test_{name}': value for name, value in stats.items()}
+
+    # Learning rates are given for a total batch of 512.
+    total_batch = args.batch_size * args.accum_steps * process.world_size
+    lr = args.lr * total_batch / 512
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mixup_fn = Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=splits.num_classes,
+    ) if mixed else None  # fmt: skip
+    criterion = create_criterion(mixed=mixed, smoothing=args.smoothing)
+    train_mode = not args.finetune if args.train_mode is None else args.train_mode
+
+    synchronized: nn.Module = model
+    if process.world_size > 1:
+        synchronize_stem(model, device)
+        synchronized = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+    optimizer = build_optimizer(args, model, lr, device)
+    scheduler = build_scheduler(args, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    model_ema = None
+    if args.model_ema:
+        ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
+        model_ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
+    start_epoch, best = args.start_epoch, 0.0
+    if args.resume:
+        start_epoch, best = restore(args.resume, resumed, model_ema, optimizer, scheduler, scaler)
+    elif start_epoch:
+        scheduler.step(max(start_epoch - args.lr_delay_epochs, 0))
+
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    derived = {
+        'lr_scaled': lr,
+        'total_batch': total_batch,
+        'nb_classes': splits.num_classes,
+        'device': str(device),
+        'amp_dtype': 'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.'),
+        'world_size': process.world_size,
+        'train_mode': train_mode,
+        'n_parameters': num_parameters,
+    }
+    output = OutputFolder(args.output_dir, {**vars(args), 'derived': derived})
+    log(
+        f'{args.model}, {num_parameters:,} parameters, on {args.data_set}: {len(splits.train)} training and '
+        f'{len(splits.val)} test images, {splits.num_classes} classes'
+    )
+    log(
+        f'{process.world_size} process{"es" if process.world_size > 1 else ""} on {device.type} in '
+        f'{derived["amp_dtype"]}, total batch {total_batch}, learning rate {lr:.3g}'
+    )
+
+    line: dict[str, Any] = {}
+    started = time.perf_counter()
+    last_epoch = args.epochs + args.cooldown_epochs
+    for epoch in range(start_epoch, last_epoch):
+        train_loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        train_stats = train_one_epoch(
+            model=synchronized,
+            criterion=criterion,
+            loader=train_loader,
+            optimizer=optimizer,
+            device=device,
+            epoch=epoch,
+            scaler=scaler,
+            amp_dtype=amp_dtype,
+            clip_grad=args.clip_grad,
+            accum_steps=args.accum_steps,
+            model_ema=model_ema,
+            mixup_fn=mixup_fn,
+            train_mode=train_mode,
+        )
+        test_stats = test(model, 'Test')
+        report_accuracy(test_stats)
+        line = {f'train_{name}': value for name, value in train_stats.items()}
+        line |= {f'test_{name}': value for name, value in test_stats.items() if name != 'images'}
+        if model_ema is not None:
+            ema_stats = test(copy.deepcopy(model_ema.module).to(device), 'Test of the moving average')
+            line |= {f'ema_test_{name}': value for name, value in ema_stats.items() if name != 'images'}
+            log(f'  moving average: acc@1 {ema_stats["acc1"]:.4f}')
+        is_best = test_stats['acc1'] > best
+        best = max(best, test_stats['acc1'])
+        line |= {'max_accuracy': best, 'epoch': epoch, 'n_parameters': num_parameters}
+        scheduler.step(max(epoch + 1 - args.lr_delay_epochs, 0), test_stats['loss'])
+        output.save(
+            {
+                'model': model.state_dict(),
+                'model_ema': model_ema.module.state_dict() if model_ema is not None else None,
+                'optimizer': optimizer.state_dict(),
+                'lr_scheduler': scheduler.state_dict(),
+                'scaler': scaler.state_dict(),
+                'epoch': epoch,
+                'max_accuracy': best,
+                'args': vars(args),
+            },
+            best=is_best,
+        )
+        output.write_log(line)
+
+    if start_epoch >= last_epoch:
+        log(f'Nothing is left to train: the checkpoint has all {last_epoch} epochs')
+        report_accuracy(test(model, 'Test'))
+    log(f'Training time {format_seconds(time.perf_counter() - started)}, best accuracy {best:.2f}%')
+    return line
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the program; returns the last line of its log.
+
+    Args:
+        argv: the flags, the command line's by default.
+
+    Raises:
+        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
+    """
+    try:
+        return run(parse_args(argv))
+    except InputError as err:
+        _leave(one_line(err), err.exit_code)
+    except torch.OutOfMemoryError:
+        _leave('out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total', 1)
+    except OSError as err:
+        _leave(one_line(err), 1)
+    except KeyboardInterrupt:
+        _leave('interrupted', 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    rank = f' (process {get_rank()})' if get_rank() else ''
+    sys.stderr.write(f'main.py{rank}: error: {message}\n')
+    sys.exit(code)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,567 @@
+"""DHVT, the Dynamic Hybrid Vision Transformer, in the order of the paper's section 3.
+
+Lu, Xie, Liu, Zhang: "Bridging the Gap Between Vision Transformers and Convolutional Neural Networks on Small
+Datasets", NeurIPS 2022, https://arxiv.org/abs/2210.05958. Where the paper and its published code differ, the code is
+followed, because its numbers were made with it; such a place is marked "published code". Checkpoints of the published
+code load with `strict=True`.
+
+The file needs torch, timm and einops only, so it can be copied into another project as it is.
+
+Shapes: B batch, C image channels, H and W the image's height and width, P patch size, N = (H/P)(W/P) patch tokens,
+D embedding width, h heads, d = D/h, T = 1+N+h tokens in attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, to_2tuple, trunc_normal_, use_fused_attn
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ['DHVT']
+
+Grid = tuple[int, int]
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class Affine(nn.Module):
+    """A learnable scale and shift of each channel, (B, C, H, W) -> (B, C, H, W). Paper §3.1, eq. 1."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, dim, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.alpha + self.beta
+
+
+class SequentialOverlapPatchEmbed(nn.Module):
+    """SOPE, the stem: log2(P) convolutions of stride 2 between two affines. Paper §3.1, eqs. 1 to 3.
+
+    Each convolution has half as many output channels as the next one; the last has D. Maps an image (B, C, H, W) to
+    its patch tokens (B, N, D) in row-major order, and also returns their grid (H/P, W/P).
+
+    Raises:
+        ValueError: if the patch size is not a power of two from 2 up, if it does not divide the image's height and
+            width (`img_size` here, the image itself in `forward`), or if the width cannot be halved often enough.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+    ) -> None:
+        super().__init__()
+        if patch_size < 2 or patch_size & (patch_size - 1):
+            raise ValueError(f'patch_size must be a power of two (2, 4, 8, …), not {patch_size}')
+        num_convs = patch_size.bit_length() - 1
+        if embed_dim % 2 ** (num_convs - 1):
+            raise ValueError(f'patch_size {patch_size} needs embed_dim {embed_dim} halved {num_convs - 1} times')
+        self.patch_size = patch_size
+        self.set_input_size(img_size)
+
+        widths = [in_chans] + [embed_dim // 2**i for i in reversed(range(num_convs))]
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            conv = nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1, bias=False)
+            layers += [nn.Sequential(conv, norm_layer(width_out)), act_layer()]
+        if num_convs > 1:  # published code: no GELU after the last convolution, unless it is the only one
+            layers.pop()
+        self.pre_affine = Affine(dim=in_chans)
+        self.proj = nn.Sequential(*layers)
+        self.post_affine = Affine(dim=embed_dim)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Declares the image size, in pixels. No parameter depends on it."""
+        height, width = to_2tuple(img_size)
+        self.grid_size = self._grid(height, width)
+        self.img_size = (height, width)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def _grid(self, height: int, width: int) -> Grid:
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f'image size {height}x{width} is not divisible by patch size {self.patch_size}')
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        grid = self._grid(x.shape[-2], x.shape[-1])
+        x = self.post_affine(self.proj(self.pre_affine(x)))  # (B, D, H/P, W/P)
+        return rearrange(x, 'b d h w -> b (h w) d'), grid  # (B, N, D)
+
+
+class HeadInteractedAttention(nn.Module):
+    """HI-MHSA: self-attention in which one token for each head takes part. Paper §3.3, eqs. 6 and 7.
+
+    A head token is a projection of that head's share of the mean token. The h of them attend and are attended to
+    beside the class and patch tokens; afterwards their mean is added to the class token and they are dropped.
+    Maps (B, 1+N, D), the class token first, to the same shape. `proj_drop` acts on the result.
+
+    Raises:
+        ValueError: if the number of heads does not divide the width.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int = 3,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'embedding width {dim} is not divisible by {num_heads} heads')
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.ht_proj = nn.Linear(self.head_dim, dim)
+        self.ht_norm = nn.LayerNorm(self.head_dim)  # published code: eps 1e-5, unlike the other norms
+        self.act = nn.GELU()
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_heads, dim))  # the head embedding; decayed, see DHVT
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def head_tokens(self, x: Tensor) -> Tensor:
+        """(B, 1+N, D) -> (B, h, D), one token for each head."""
+        heads = rearrange(x.mean(dim=1), 'b (h d) -> b h d', h=self.num_heads)
+        heads = rearrange(self.ht_proj(heads), 'b h (g d) -> b h g d', g=self.num_heads)  # (B, h, h, d)
+        return rearrange(self.act(self.ht_norm(heads)), 'b h g d -> b h (g d)') + self.pos_embed  # (B, h, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_tokens = x.shape[1]
+        x = torch.cat([x, self.head_tokens(x)], dim=1)  # (B, 1+N+h, D)
+        q, k, v = rearrange(self.qkv(x), 'b t (qkv h d) -> qkv b h t d', qkv=3, h=self.num_heads)
+        # On CPUs the fused kernel's backward is several times slower than the plain products.
+        if self.fused_attn and not (x.device.type == 'cpu' and torch.is_grad_enabled()):
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            attn = (q @ k.transpose(-2, -1)) * self.scale  # (B, h, T, T)
+            x = self.attn_drop(attn.softmax(dim=-1)) @ v  # (B, h, T, d)
+        x = self.proj(rearrange(x, 'b h t d -> b t (h d)'))  # (B, 1+N+h, D)
+        cls_token, patches, heads = x.split([1, num_tokens - 1, self.num_heads], dim=1)
+        return self.proj_drop(torch.cat([cls_token + heads.mean(dim=1, keepdim=True), patches], dim=1))
+
+
+class DynamicAggregationFeedForward(nn.Module):
+    """DAFF: a convolutional feed-forward on the patch tokens that re-calibrates the class token. Paper §3.2, eqs. 4, 5.
+
+    The class token passes by the convolutions and is multiplied by channel weights made from the mean of the patch
+    tokens that leave them. Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden_dim: int,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+    ) -> None:
+        super().__init__()
+        # Published code: all three convolutions have a bias, though a norm follows each.
+        self.conv1 = nn.Conv2d(dim, hidden_dim, kernel_size=1)
+        self.bn1 = norm_layer(hidden_dim)
+        self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
+        self.bn2 = norm_layer(hidden_dim)
+        self.conv3 = nn.Conv2d(hidden_dim, dim, kernel_size=1)
+        self.bn3 = norm_layer(dim)
+        self.act = act_layer()
+        self.compress = nn.Linear(dim, dim // 4)
+        self.excitation = nn.Linear(dim // 4, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        cls_token, patches = x[:, :1], x[:, 1:]
+        x = rearrange(patches, 'b (h w) d -> b d h w', h=grid[0])  # (B, D, H/P, W/P), channels last in memory
+        x = self.act(self.bn1(self.conv1(x)))  # (B, hidden, H/P, W/P)
+        x = x + self.act(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))  # (B, D, H/P, W/P)
+        patches = rearrange(x, 'b d h w -> b (h w) d')  # (B, N, D)
+        weight = self.excitation(self.act(self.compress(patches.mean(dim=1, keepdim=True))))  # (B, 1, D); no sigmoid
+        return torch.cat([cls_token * weight, patches], dim=1)
+
+
+class DHVTBlock(nn.Module):
+    """One encoder block, (B, 1+N, D) -> (B, 1+N, D): attention, then feed-forward, each normed before and skipped."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
+        attn_layer: Callable[..., nn.Module] = HeadInteractedAttention,
+        mlp_layer: Callable[..., nn.Module] = DynamicAggregationFeedForward,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = attn_layer(
+            dim=dim, num_heads=num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
+        )
+        self.norm2 = norm_layer(dim)
+        self.mlp = mlp_layer(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x), grid))
+
+
+class _KeepStatistics:
+    """While entered, the BatchNorms of a module update copies of their running statistics, which are then dropped."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        self.kept: list[dict[str, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self.kept = [dict(norm._buffers) for norm in self.norms]
+        for norm, buffers in zip(self.norms, self.kept, strict=True):
+            norm._buffers.update({name: None if old is None else old.clone() for name, old in buffers.items()})
+
+    def __exit__(self, *_: object) -> None:
+        for norm, buffers in zip(self.norms, self.kept, strict=True):
+            norm._buffers.update(buffers)
+
+
+class DHVT(nn.Module):
+    """The whole model: stem, class token, encoder blocks, norm, linear head. There is no absolute position embedding.
+
+    `forward` maps images (B, C, H, W) to logits (B, num_classes), for any H and W that the patch size divides,
+    whatever `img_size` was.
+
+    Args:
+        img_size: the expected image size in pixels, one number or (height, width); only checked and remembered.
+        patch_size: a power of two.
+        num_classes: 0 leaves out the head, and `forward` gives the features (B, D).
+        global_pool: what the head sees: 'token' the class token, 'avg' the mean of the patch tokens, '' all tokens.
+        embed_dim: D, a multiple of `num_heads`.
+        mlp_ratio: the feed-forward's hidden width, as a multiple of D.
+        drop_rate: dropout after each attention's output projection, and nowhere else (published code).
+        attn_drop_rate: dropout on the attention weights.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        norm_layer: called with a width; LayerNorm with eps 1e-6 by default.
+        embed_layer, attn_layer, mlp_layer: the classes of the stem, the attention and the feed-forward.
+
+    Raises:
+        ValueError: for an image size that the patch size does not divide, a width that the heads do not divide, a
+            patch size that is no power of two, or an unknown `global_pool`.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'token',
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
+        embed_layer: Callable[..., nn.Module] = SequentialOverlapPatchEmbed,
+        attn_layer: Callable[..., nn.Module] = HeadInteractedAttention,
+        mlp_layer: Callable[..., nn.Module] = DynamicAggregationFeedForward,
+    ) -> None:
+        super().__init__()
+        self._check_pool(global_pool)
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.in_chans = in_chans
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.num_prefix_tokens = 1
+        self.grad_checkpointing = False
+
+        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.blocks = nn.ModuleList(
+            DHVTBlock(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_drop=drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                norm_layer=norm_layer,
+                attn_layer=attn_layer,
+                mlp_layer=mlp_layer,
+            )
+            for i in range(depth)
+        )
+        self.feature_info = [
+            {'num_chs': embed_dim, 'reduction': patch_size, 'module': f'blocks.{i}'} for i in range(depth)
+        ]
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+
+        trunc_normal_(self.cls_token, std=0.02)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        # Convolutions keep PyTorch's default (published code); norm layers start as the identity by themselves.
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @staticmethod
+    def _check_pool(global_pool: str) -> None:
+        if global_pool not in ('token', 'avg', ''):
+            raise ValueError(f"global_pool must be 'token', 'avg' or '', not {global_pool!r}")
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names exempt from weight decay besides biases and 1-D tensors.
+
+        Whole names, as in the published code: the blocks' head embeddings, `blocks.*.attn.pos_embed`, and the stem's
+        affines are decayed.
+        """
+        return {'pos_embed', 'cls_token', 'dist_token'}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort parameters into layers, for layer-wise learning rates."""
+        return {'stem': r'^cls_token|^patch_embed', 'blocks': [(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass: less memory, about a third more time."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts a newly initialised head in place; 0 classes remove it."""
+        if global_pool is not None:
+            self._check_pool(global_pool)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        old = next(self.norm.parameters())
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        head.apply(self._init_weights)
+        self.head = head.to(device=old.device, dtype=old.dtype)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Declares another image size, in pixels. Nothing has to be resampled: no parameter depends on it."""
+        self.patch_embed.set_input_size(img_size)  # type: ignore[operator]
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+        patches, grid = self.patch_embed(x)
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1), grid  # (B, 1+N, D)
+
+    def _block(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+            # The recomputation must not update BatchNorm's running statistics a second time.
+            return checkpoint(
+                block, x, grid, use_reentrant=False, context_fn=lambda: (nullcontext(), _KeepStatistics(block))
+            )
+        return block(x, grid)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal['NCHW', 'NLC'] = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Runs the encoder and returns what chosen blocks put out, as timm's transformers do.
+
+        Args:
+            x: images (B, C, H, W).
+            indices: the blocks, or how many of the last ones; None for all.
+            return_prefix_tokens: return pairs of (patches, class token (B, 1, D)).
+            norm: apply the final norm to each.
+            stop_early: do not run the blocks after the last chosen one.
+            output_fmt: 'NCHW' for maps (B, D, H/P, W/P), 'NLC' for tokens (B, N, D).
+            intermediates_only: leave out the final tokens.
+
+        Returns:
+            The list of intermediates, or (final tokens (B, 1+N, D), that list).
+
+        Raises:
+            ValueError: for another `output_fmt`.
+        """
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', not {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        x, grid = self._tokens(x)
+        taken = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > max_index:
+                break
+            x = self._block(block, x, grid)
+            if i in take_indices:
+                taken.append(self.norm(x) if norm else x)
+        prefixes = [y[:, :1] for y in taken]
+        intermediates = [y[:, 1:] for y in taken]
+        if output_fmt == 'NCHW':
+            intermediates = [rearrange(y, 'b (h w) d -> b d h w', h=grid[0]).contiguous() for y in intermediates]
+        result = list(zip(intermediates, prefixes, strict=True)) if return_prefix_tokens else intermediates
+        return result if intermediates_only else (self.norm(x), result)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the blocks after the last of `indices`, and the head, for use as a feature extractor."""
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.num_classes = 0
+            self.head = nn.Identity()
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> all tokens after the final norm (B, 1+N, D), the class token first."""
+        x, grid = self._tokens(x)
+        for block in self.blocks:
+            x = self._block(block, x, grid)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, 1+N, D) -> logits (B, num_classes), or with `pre_logits` the pooled features (B, D)."""
+        if self.global_pool == 'token':
+            x = x[:, 0]
+        elif self.global_pool == 'avg':
+            x = x[:, 1:].mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg(*, size: int, num_classes: int) -> dict[str, Any]:
+    return {
+        'url': '',
+        'num_classes': num_classes,
+        'input_size': (3, size, size),
+        'pool_size': None,
+        'crop_pct': 0.875 if size > 32 else 1.0,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj.0.0',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2210.05958',
+        'paper_name': 'Bridging the Gap Between Vision Transformers and CNNs on Small Datasets',
+        'origin_url': 'https://github.com/ArieSeirack/DHVT',
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'dhvt_tiny_cifar_patch4': _cfg(size=32, num_classes=100),
+        'dhvt_small_cifar_patch4': _cfg(size=32, num_classes=100),
+        'dhvt_tiny_cifar_patch2': _cfg(size=32, num_classes=100),
+        'dhvt_small_cifar_patch2': _cfg(size=32, num_classes=100),
+        'dhvt_tiny_domain_patch16': _cfg(size=224, num_classes=345),
+        'dhvt_small_domain_patch16': _cfg(size=224, num_classes=345),
+        'dhvt_tiny_imagenet_patch16': _cfg(size=224, num_classes=1000),
+        'dhvt_small_imagenet_patch16': _cfg(size=224, num_classes=1000),
+    }
+)
+
+
+def _create_dhvt(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> DHVT:
+    return build_model_with_cfg(
+        DHVT, variant, pretrained, feature_cfg={'out_indices': 3, 'feature_cls': 'getter'}, **{**defaults, **kwargs}
+    )
+
+
+@register_model
+def dhvt_tiny_cifar_patch4(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T, patch 4, 32 px: 6.0M parameters, 0.39 G multiply-adds."""
+    defaults = {'img_size': 32, 'patch_size': 4, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100}
+    return _create_dhvt('dhvt_tiny_cifar_patch4', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_small_cifar_patch4(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S, patch 4, 32 px: 23.4M parameters, 1.53 G multiply-adds."""
+    defaults = {'img_size': 32, 'patch_size': 4, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100}
+    return _create_dhvt('dhvt_small_cifar_patch4', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_tiny_cifar_patch2(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T, patch 2, 32 px: 5.8M parameters, 1.72 G multiply-adds."""
+    defaults = {'img_size': 32, 'patch_size': 2, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100}
+    return _create_dhvt('dhvt_tiny_cifar_patch2', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_small_cifar_patch2(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S, patch 2, 32 px: 22.8M parameters, 6.22 G multiply-adds."""
+    defaults = {'img_size': 32, 'patch_size': 2, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100}
+    return _create_dhvt('dhvt_small_cifar_patch2', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_tiny_domain_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T for DomainNet, patch 16, 224 px: 6.1M parameters, 1.37 G multiply-adds."""
+    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 345}
+    return _create_dhvt('dhvt_tiny_domain_patch16', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_small_domain_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S for DomainNet, patch 16, 224 px: 23.8M parameters, 5.05 G multiply-adds."""
+    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 345}
+    return _create_dhvt('dhvt_small_domain_patch16', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_tiny_imagenet_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T for ImageNet, patch 16, 224 px: 6.3M parameters, 1.36 G multiply-adds."""
+    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 192, 'num_heads': 3, 'num_classes': 1000}
+    return _create_dhvt('dhvt_tiny_imagenet_patch16', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_small_imagenet_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S for ImageNet, patch 16, 224 px: 24.0M parameters, 5.05 G multiply-adds."""
+    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 1000}
+    return _create_dhvt('dhvt_small_imagenet_patch16', pretrained, defaults, kwargs)

@@ -1,0 +1,45 @@
+"""Fixtures: small images made on the spot, and flags that make a run take seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A model of 20,000 parameters on 16 px images, in float32, without augmentation.
+SMALL_MODEL = ['--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2']
+PLAIN = [
+    *('--no-aug', '--mixup', '0', '--cutmix', '0', '--no-repeated-aug', '--drop-path', '0', '--no-model-ema'),
+    *('--warmup-epochs', '0', '--num_workers', '0', '--device', 'cpu', '--amp', 'off', '--input-size', '16'),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope='session')
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes `<split>/<class>/<n>.jpg` under a new folder: classes are told apart by their colour."""
+
+    def make(splits: dict[str, list[str]], *, images: int = 8, size: int = 20, name: str = 'folder') -> Path:
+        rng = np.random.default_rng(0)
+        root = tmp_path / name
+        for split, classes in splits.items():
+            for cls in classes:
+                folder = root / split / cls
+                folder.mkdir(parents=True)
+                hue = sum(cls.encode()) * 37 % 256
+                for i in range(images):
+                    pixels = rng.integers(0, 60, (size, size, 3)) + np.array([hue, 255 - hue, 128]) // 2
+                    Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.jpg')
+        return root
+
+    return make

@@ -1,0 +1,117 @@
+"""utils.py: launchers, devices, messages, progress."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils import (
+    InputError,
+    Process,
+    Progress,
+    UsageError,
+    _slurm_rendezvous,
+    find_amp_dtype,
+    find_device,
+    find_process,
+    format_seconds,
+    one_line,
+)
+
+
+@pytest.mark.parametrize(
+    ('env', 'flags', 'process'),
+    [
+        ({}, {}, Process(0, 1, 0, 'none')),
+        ({}, {'world_size': 4, 'local_rank': 2}, Process(2, 4, 2, 'flags')),
+        ({'RANK': '5', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1'}, {}, Process(5, 8, 1, 'torchrun')),
+        ({'RANK': '5', 'WORLD_SIZE': '8'}, {'local_rank': 3}, Process(5, 8, 3, 'torchrun')),
+        ({'SLURM_PROCID': '9', 'SLURM_NTASKS': '16', 'SLURM_LOCALID': '1'}, {}, Process(9, 16, 1, 'slurm')),
+        ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '16', 'SLURM_STEP_NUM_TASKS': '1'}, {}, Process(0, 1, 0, 'none')),
+        ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '1'}, {}, Process(0, 1, 0, 'none')),
+    ],
+)
+def test_launchers(env: dict[str, str], flags: dict[str, int], process: Process) -> None:
+    assert find_process(env, **flags) == process
+
+
+def test_impossible_launch() -> None:
+    with pytest.raises(UsageError, match='outside --world_size 2'):
+        find_process({}, world_size=2, local_rank=2)
+    with pytest.raises(UsageError, match='is no number'):
+        find_process({'RANK': 'a', 'WORLD_SIZE': '2'})
+
+
+def test_slurm_rendezvous(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol = tmp_path / 'scontrol'
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "n[01-02]" ] && printf "n01\\nn02\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:/usr/bin:/bin')
+    env = {'SLURM_JOB_NODELIST': 'n[01-02]', 'SLURM_JOB_ID': '123456'}
+    assert _slurm_rendezvous(env) == {'MASTER_ADDR': 'n01', 'MASTER_PORT': str(20000 + 123456 % 20000)}
+    assert _slurm_rendezvous({'MASTER_ADDR': 'a', 'MASTER_PORT': '1'}) == {}
+    with pytest.raises(InputError, match='set MASTER_ADDR'):
+        _slurm_rendezvous({'SLURM_JOB_NODELIST': 'other'})
+
+
+def test_devices() -> None:
+    assert find_device('cpu', local_rank=0) == torch.device('cpu')
+    with pytest.raises(UsageError, match='no such kind'):
+        find_device('tpu9', local_rank=0)
+    with pytest.raises(UsageError, match='needs GPU 99'):
+        find_device('cuda:99', local_rank=0)
+
+
+def test_amp_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device('cpu')
+    assert find_amp_dtype('off', cpu) is None
+    assert find_amp_dtype('bf16', cpu) == torch.bfloat16 and find_amp_dtype('fp16', cpu) == torch.float16
+    for features, expected in (({'avx512_bf16': True}, torch.bfloat16), ({'avx2': True}, None)):
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda features=features: features)
+        assert find_amp_dtype('auto', cpu) == expected
+    for capability, expected in (((8, 0), torch.bfloat16), ((7, 5), torch.float16)):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _device, capability=capability: capability)
+        assert find_amp_dtype('auto', torch.device('cuda')) == expected
+
+
+class Broken(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        raise InputError('a.jpg cannot be read: replace it')
+
+
+def test_errors_of_loader_processes_become_one_line() -> None:
+    with pytest.raises(InputError) as caught:
+        next(iter(DataLoader(Broken(), num_workers=1)))
+    assert one_line(caught.value) == 'a.jpg cannot be read: replace it'
+    assert one_line(ValueError('first\nsecond')) == 'first' and one_line(ValueError()) == 'ValueError'
+
+
+def run_progress() -> None:
+    progress = Progress(range(7), header='Epoch 2', print_freq=3)
+    for _ in progress:
+        if progress.due():
+            progress.show({'loss': '0.5'}, images=10)
+
+
+def test_progress_is_plain_lines_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    run_progress()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:14] for line in lines] == [f'Epoch 2 [{step}/7] '.ljust(14) for step in (1, 4, 7)]
+    assert all('loss 0.5' in line and 'images/s' in line and '\r' not in line for line in lines)
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    run_progress()
+    assert '\r' in capsys.readouterr().out
+
+
+def test_seconds() -> None:
+    assert [format_seconds(s) for s in (0.4, 61, 3599.6, 90000)] == ['0:00:00', '0:01:01', '1:00:00', '25:00:00']

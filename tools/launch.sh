@@ -1,0 +1,101 @@
+# Sourced by run_code.sh, finetune.sh and check.sh: finds or makes the Python environment, starts main.py.
+# Paths that a user gives are relative to the folder the user is in; the project's own are under $root.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# find_python [GROUP…]: sets python to an interpreter that has the packages of pyproject.toml (and of the optional
+# groups): $PYTHON, else the active environment's, else .venv's, which is made from requirements.txt if need be.
+find_python() {
+    local candidate base=''
+    for candidate in "$PYTHON" python python3 "$root/.venv/bin/python"; do
+        if [ -n "$candidate" ] && command -v "$candidate" > /dev/null \
+            && "$candidate" "$root/tools/check_env.py" "$@" > /dev/null 2>&1; then
+            python=$candidate
+            return
+        fi
+    done
+    for candidate in "$PYTHON" python3 python python3.13 python3.12 python3.11 python3.10; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; then
+            base=$candidate
+            break
+        fi
+    done
+    if [ -z "$base" ]; then
+        echo 'error: no Python 3.10 or later found; install one, or set PYTHON to its path' >&2
+        exit 1
+    fi
+    echo "The active Python lacks packages (tools/check_env.py lists them):"
+    echo "installing requirements.txt into .venv, once; about 5 GB for the CUDA build of torch."
+    if ! { [ -x "$root/.venv/bin/python" ] && "$root/.venv/bin/python" -m pip --version > /dev/null 2>&1; }; then
+        "$base" -m venv --clear "$root/.venv" || { echo "error: $base -m venv failed; is its venv module installed?" >&2; exit 1; }
+    fi
+    python=$root/.venv/bin/python
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" || {
+        echo 'error: pip could not install requirements.txt; start again once its error above is mended' >&2
+        exit 1
+    }
+    "$python" "$root/tools/check_env.py" "$@" || { echo 'error: .venv lacks the above although pip installed it' >&2; exit 1; }
+}
+
+# data_flags RECIPE: sets data_set and data_path (unless DATA is set) for a recipe's name.
+data_flags() {
+    case $1 in
+        digits) data_set=DIGITS data_path='' ;;
+        cifar100) data_set=CIFAR data_path=data/cifar ;;
+        cifar10) data_set=CIFAR10 data_path=data/cifar ;;
+        imagenet) data_set=IMNET data_path=data/imagenet ;;
+        clipart | infograph | painting | quickdraw | real | sketch) data_set=$1 data_path=data/domainnet/$1 ;;
+        folder) data_set=FOLDER data_path=data/folder ;;
+        *)
+            echo "error: unknown recipe '$1'; known are digits, cifar100, cifar10, imagenet, folder and DomainNet's" \
+                'clipart, infograph, painting, quickdraw, real, sketch' >&2
+            exit 2
+            ;;
+    esac
+    data_path=${DATA:-$data_path}
+}
+
+# launch NAME MODEL TOTAL_BATCH FLAG…: trains with TOTAL_BATCH images a step, shared out over all processes.
+launch() {
+    local name=$1 model=$2 total=$3
+    shift 3
+    local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} command gpus
+    if [ -z "$nproc" ]; then
+        gpus=$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')
+        nproc=$gpus
+        while [ "$nproc" -gt 1 ] && [ $((total % (nproc * nnodes * accum))) -ne 0 ]; do
+            nproc=$((nproc - 1))
+        done
+        [ "$nproc" -eq "$gpus" ] || echo "Using $nproc of $gpus GPUs, so that they share a total batch of $total evenly."
+    fi
+    local parts=$((nproc * nnodes * accum))
+    if [ "$parts" -lt 1 ] || [ $((total % parts)) -ne 0 ]; then
+        echo "error: a total batch of $total cannot be shared out: NPROC ($nproc) x NNODES ($nnodes) x ACCUM ($accum)" \
+            'must divide it' >&2
+        exit 2
+    fi
+    if [ $((nproc * nnodes)) -eq 1 ]; then
+        command=("$python")
+    elif [ "$nnodes" -eq 1 ]; then
+        command=("$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc") # a free port
+    else
+        if [ -z "$MASTER_ADDR" ]; then
+            echo 'error: NNODES above 1 needs MASTER_ADDR, the first node, and NODE_RANK, 0 for the first' >&2
+            exit 2
+        fi
+        command=("$python" -m torch.distributed.run --nnodes "$nnodes" --node_rank "${NODE_RANK:-0}"
+            --nproc_per_node "$nproc" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+    fi
+    command+=("$root/main.py" --model "$model" --batch-size $((total / parts)) --accum-steps "$accum" --dist-eval
+        --data-set "$data_set" --output_dir "${OUTPUT:-output/$name-$(date +%Y%m%d-%H%M%S)}")
+    [ -z "$data_path" ] || command+=(--data-path "$data_path")
+    command+=("$@")
+    echo "+ ${command[*]}"
+    if [ -n "$DRY_RUN" ]; then
+        return
+    fi
+    if [ "$nproc" -gt 1 ] && [ -z "$OMP_NUM_THREADS" ]; then
+        OMP_NUM_THREADS=$("$python" -c "import os; print(max(os.cpu_count() // $nproc, 1))")
+        export OMP_NUM_THREADS
+    fi
+    exec "${command[@]}"
+}

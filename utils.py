@@ -1,0 +1,312 @@
+"""Distributed set-up, console output and small helpers that every other module may use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. Its text is one line: what is wrong, and what to do about it."""
+
+    exit_code = 1
+
+
+class UsageError(InputError):
+    """Flags that are wrong in themselves, whatever lies on the disk."""
+
+    exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error as one line; of one that a loader process sent, the line after its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith('Caught ') and len(lines) > 1:  # how torch wraps what a loader process raised
+        return lines[-1].partition(': ')[2] or lines[-1]
+    return lines[0]
+
+
+# Processes
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process's place in the group; `launcher` is what said so."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    launcher: str = 'none'
+
+
+def find_process(env: Mapping[str, str], *, world_size: int = 1, local_rank: int = 0) -> Process:
+    """Reads this process's place from torchrun's variables, else from SLURM's, else from the two flags.
+
+    Args:
+        env: the environment.
+        world_size: the number of processes, for processes that are started by hand on one machine.
+        local_rank: this process's number on its machine, where no launcher gives it.
+
+    Raises:
+        UsageError: for a variable that is no number, or a `local_rank` outside the group.
+    """
+    try:
+        if 'RANK' in env and 'WORLD_SIZE' in env:
+            local = int(env.get('LOCAL_RANK', local_rank))
+            return Process(int(env['RANK']), int(env['WORLD_SIZE']), local, 'torchrun')
+        tasks = int(env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1)))
+        if 'SLURM_PROCID' in env and tasks > 1:
+            return Process(int(env['SLURM_PROCID']), tasks, int(env.get('SLURM_LOCALID', 0)), 'slurm')
+    except ValueError as err:
+        raise UsageError(f'a launcher variable (RANK, WORLD_SIZE, LOCAL_RANK, SLURM_*) is no number: {err}') from None
+    if world_size < 1 or not 0 <= local_rank < world_size:
+        raise UsageError(f'--local_rank {local_rank} is outside --world_size {world_size}')
+    return Process(local_rank, world_size, local_rank, 'flags' if world_size > 1 else 'none')
+
+
+def _slurm_rendezvous(env: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT for a SLURM step that does not set them: its first host, a port from the job's id."""
+    found = {}
+    if 'MASTER_ADDR' not in env:
+        node_list = env.get('SLURM_STEP_NODELIST') or env.get('SLURM_JOB_NODELIST', '')
+        try:
+            hosts = subprocess.run(
+                ['scontrol', 'show', 'hostnames', node_list], capture_output=True, text=True, check=True
+            ).stdout.split()
+            found['MASTER_ADDR'] = hosts[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise InputError('cannot ask SLURM for the first host: set MASTER_ADDR to its name') from None
+    if 'MASTER_PORT' not in env:
+        found['MASTER_PORT'] = str(20000 + int(env.get('SLURM_JOB_ID', '0')) % 20000)
+    return found
+
+
+def init_distributed(process: Process, *, device: torch.device, dist_url: str) -> None:
+    """Joins the process group: NCCL for GPUs, gloo for the rest. Does nothing for a single process.
+
+    Args:
+        process: this process's place.
+        device: where its tensors live.
+        dist_url: `env://` or `tcp://HOST:PORT`.
+
+    Raises:
+        InputError: if the group cannot be made.
+    """
+    if process.world_size == 1:
+        return
+    if process.launcher == 'slurm' and dist_url == 'env://':
+        os.environ.update(_slurm_rendezvous(os.environ))
+    try:
+        dist.init_process_group(
+            backend='nccl' if device.type == 'cuda' else 'gloo',
+            init_method=dist_url,
+            world_size=process.world_size,
+            rank=process.rank,
+            device_id=device if device.type == 'cuda' else None,
+        )
+    except (ValueError, RuntimeError, dist.DistError) as err:
+        raise InputError(f'cannot join the process group at {dist_url}: {one_line(err)}') from None
+    dist.barrier()
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+@contextmanager
+def in_turn(process: Process) -> Iterator[None]:
+    """Runs its body on the main process first, then on one process of each further machine, then on the others.
+
+    For work that leaves a file behind, which later processes find: a shared disk gets one download, and so does each
+    machine's own disk.
+    """
+    turn = 0 if process.rank == 0 else 1 if process.local_rank == 0 else 2
+    for _ in range(turn):
+        barrier()
+    yield
+    for _ in range(turn, 2):
+        barrier()
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all processes of a tensor, on each of them."""
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def share_batchnorm_statistics(model: nn.Module) -> None:
+    """Gives every process the main one's running statistics, so that all evaluate the model that is saved."""
+    if is_distributed():
+        distribute_bn(model, get_world_size(), reduce=False)
+
+
+# Console
+
+
+def log(message: str) -> None:
+    """Prints a line on the main process, above a progress bar if there is one."""
+    if is_main_process():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class _SizedLoader(Protocol):
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+LoaderT = TypeVar('LoaderT', bound=_SizedLoader)
+
+
+class Progress(Generic[LoaderT]):
+    """Iterates over a loader and shows how far it is: a bar on a terminal, a plain line every few steps elsewhere.
+
+    Args:
+        loader: anything that has a length and can be iterated over.
+        header: what the line starts with.
+        print_freq: steps between two lines or bar updates with values.
+    """
+
+    def __init__(self, loader: LoaderT, *, header: str, print_freq: int) -> None:
+        self.loader = loader
+        self.header = header
+        self.print_freq = print_freq
+        self.steps = len(loader)
+        self.step = 0
+        self.data_time = 0.0  # seconds spent waiting for the loader
+        self.start = time.perf_counter()
+        self.bar: tqdm | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if is_main_process() and sys.stdout.isatty():
+            self.bar = tqdm(total=self.steps, desc=self.header, file=sys.stdout, leave=False, dynamic_ncols=True)
+        self.start = asked = time.perf_counter()
+        try:
+            for step, batch in enumerate(self.loader):
+                self.step = step
+                self.data_time += time.perf_counter() - asked
+                yield batch
+                if self.bar is not None:
+                    self.bar.update()
+                asked = time.perf_counter()
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def due(self) -> bool:
+        """Whether values are to be shown at this step."""
+        return self.step % self.print_freq == 0 or self.step == self.steps - 1
+
+    def show(self, values: Mapping[str, str], *, images: int) -> None:
+        """Shows values at this step, and images per second from the images seen so far by all processes."""
+        rate = images / max(self.seconds, 1e-9)
+        text = '  '.join(f'{name} {value}' for name, value in values.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(f'{text}  {rate:.0f} images/s')
+        elif is_main_process():
+            left = self.seconds / (self.step + 1) * (self.steps - self.step - 1)
+            position = f'[{self.step + 1:{len(str(self.steps))}}/{self.steps}]'
+            log(f'{self.header} {position}  {text}  {rate:.0f} images/s  {format_seconds(left)} left')
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02d}:{rest:02d}'
+
+
+# Devices
+
+
+def default_device() -> str:
+    """'cuda', 'mps' or 'cpu': the best that this machine has."""
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def find_device(name: str, *, local_rank: int) -> torch.device:
+    """The device of a name such as 'cuda', 'cuda:1', 'cpu'; 'cuda' alone means the GPU numbered `local_rank`.
+
+    Raises:
+        UsageError: if there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f'--device {name}: no such kind of device; use cuda, mps or cpu') from None
+    if device.type == 'cuda':
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank if device.index is None else device.index
+        if index >= count:
+            raise UsageError(f'--device {name}: process {local_rank} needs GPU {index}, but this machine shows {count}')
+        device = torch.device('cuda', index)
+        torch.cuda.set_device(device)
+    elif device.type == 'mps' and not torch.backends.mps.is_available():
+        raise UsageError(f'--device {name}: this machine has none; use cpu')
+    return device
+
+
+def find_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in, or None for float32.
+
+    'auto' is bfloat16 where the hardware computes in it (CUDA capability 8 and later, CPUs with avx512_bf16, amx_bf16
+    or Arm's bf16), float16 on older GPUs, and float32 elsewhere.
+    """
+    if amp == 'auto':
+        if device.type == 'cuda':
+            amp = 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+        elif device.type == 'cpu':
+            features: Mapping[str, Any] = torch.cpu.get_capabilities()
+            amp = 'bf16' if any(features.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16')) else 'off'
+        else:
+            amp = 'off'
+    return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
+
+
+def num_usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def count(items: Sized | Iterable[Any], noun: str, *, most: int = 5) -> str:
+    """'3 keys (a, b, c)', shortened after `most` items: for messages."""
+    names = [str(item) for item in items]  # type: ignore[union-attr]
+    shown = ', '.join(names[:most]) + (', …' if len(names) > most else '')
+    return f'{len(names)} {noun}{"" if len(names) == 1 else "s"}' + (f' ({shown})' if names else '')
