@@ -1,0 +1,133 @@
+"""Several processes on this machine, started by torchrun and by hand, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import checkpoint as ckpt
+import models  # noqa: F401
+from tests.conftest import PLAIN, ROOT, SMALL_MODEL
+
+DIGITS = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS']
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+
+def torchrun(processes: int, argv: list[str]) -> str:
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    if processes == 1:
+        command = [sys.executable]
+    done = subprocess.run(
+        [*command, str(ROOT / 'main.py'), *argv], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def accuracy_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if 'acc@1' in line or 'Accuracy of the network' in line]
+
+
+@pytest.mark.parametrize(('opt', 'lr'), [('sgd', '0.8'), ('adamw', '8e-3')])
+def test_two_processes_end_with_the_weights_of_one(tmp_path: Path, opt: str, lr: str) -> None:
+    """One epoch with the same total batch, BatchNorm in eval mode, nothing random: equal to 1e-5.
+
+    The keys' bias has no effect on attention, so its gradient is rounding error, which Adam scales up to its step
+    size: with AdamW that third of qkv.bias is left out.
+    """
+    common = [*DIGITS, '--no-train-mode', '--epochs', '1', '--opt', opt, '--lr', lr, '--smoothing', '0']
+    for processes in (1, 2):
+        out = str(tmp_path / str(processes))
+        torchrun(processes, [*common, '--batch-size', str(64 // processes), '--output_dir', out])
+    one, two = (ckpt.load(str(tmp_path / name / 'checkpoint.pth'))['model'] for name in ('1', '2'))
+    torch.manual_seed(0)
+    start = timm.create_model(SMALL_MODEL[1], num_classes=10, img_size=16, embed_dim=32, depth=2, num_heads=2)
+    for key, value in one.items():
+        other = two[key]
+        if opt == 'adamw' and key.endswith('qkv.bias'):
+            value, other = (torch.cat([v.chunk(3)[0], v.chunk(3)[2]]) for v in (value, other))
+        torch.testing.assert_close(other, value, rtol=0, atol=1e-5, msg=lambda text, key=key: f'{key}: {text}')
+    moved = [(one[key] - value).abs().max().item() for key, value in start.named_parameters()]
+    assert sorted(moved)[len(moved) // 2] > 1e-3, 'training changed too little to compare'
+    losses = [json.loads((tmp_path / name / 'log.txt').read_text())['train_loss'] for name in ('1', '2')]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that tells some digits apart, from two processes with a moving average and the recipe's sampler."""
+    out = tmp_path_factory.mktemp('trained')
+    argv = [flag for flag in DIGITS if flag not in ('--no-repeated-aug', '--no-model-ema')]
+    extra = ['--epochs', '3', '--batch-size', '32', '--lr', '0.03', '--model-ema-decay', '0.9', '--dist-eval']
+    torchrun(2, [*argv, *extra, '--output_dir', str(out)])
+    return out
+
+
+def test_evaluation_repeats_what_two_processes_logged(trained: Path) -> None:
+    """Each process has its own BatchNorm statistics; all must evaluate the ones that are saved."""
+    last = json.loads((trained / 'log.txt').read_text().splitlines()[-1])
+    text = torchrun(1, ['--eval', '--resume', str(trained / 'checkpoint.pth'), '--num_workers', '0'])
+    assert f'acc@1 {last["test_acc1"]:.4f}' in text
+    state = ckpt.load(str(trained / 'checkpoint.pth'))
+    ckpt.save(trained / 'ema.pth', {**state, 'model': state['model_ema']})
+    text = torchrun(1, ['--eval', '--resume', str(trained / 'ema.pth'), '--num_workers', '0'])
+    assert f'acc@1 {last["ema_test_acc1"]:.4f}' in text
+
+
+def write_digits(root: Path, images: int) -> None:
+    """The first val images of the digits, and for 361 one of the training images, as a folder data set."""
+    from datasets import Digits
+
+    val, train = Digits(train=False), Digits(train=True)
+    for i in range(images):
+        image, target = val[i] if i < len(val) else train[i - len(val)]
+        folder = root / 'val' / str(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f'{i}.png')
+
+
+@pytest.mark.parametrize('images', [360, 361])
+def test_shared_evaluation_is_exact(trained: Path, tmp_path: Path, images: int) -> None:
+    write_digits(tmp_path, images)
+    argv = ['--eval', '--resume', str(trained / 'checkpoint.pth'), '--data-set', 'FOLDER', '--data-path', str(tmp_path)]
+    one, three = (torchrun(n, [*argv, '--num_workers', '0', '--dist-eval']) for n in (1, 3))
+    assert f'on the {images} test images' in three
+    assert [line.rpartition('loss')[0] for line in accuracy_lines(one)] == [
+        line.rpartition('loss')[0] for line in accuracy_lines(three)
+    ]
+
+
+def test_processes_started_by_hand() -> None:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        url = f'tcp://127.0.0.1:{free.getsockname()[1]}'
+    argv = [*DIGITS, '--epochs', '1', '--batch-size', '64', '--world_size', '2', '--dist_url', url, '--local_rank']
+    command = [sys.executable, str(ROOT / 'main.py'), *argv]
+    group = [
+        subprocess.Popen([*command, str(rank)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in group]
+    assert [process.returncode for process in group] == [0, 0], outputs
+    assert b'2 processes on cpu' in outputs[0][0] and not outputs[1][0], 'only the main process prints'
+
+
+def test_missing_rendezvous_is_one_line() -> None:
+    environ = {**environment(), 'RANK': '0', 'WORLD_SIZE': '2'}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'main.py'), *DIGITS], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('main.py: error: cannot join the process group at env://')
+    assert 'Traceback' not in done.stderr

@@ -1,0 +1,141 @@
+"""The shell scripts: recipes, shares of the batch, the environment check."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from main import parse_args
+from tests.conftest import ROOT
+from tools import check_env
+
+
+def script(name: str, *argv: str, expect: int = 0, cwd: Path = ROOT, **env: str) -> str:
+    done = subprocess.run(
+        ['bash', str(ROOT / name), *argv],
+        env={**os.environ, 'DRY_RUN': '1', 'PYTHON': sys.executable, 'NPROC': '1', **env},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout if expect == 0 else done.stderr
+
+
+def flags_of(text: str) -> tuple[str, dict[str, Any]]:
+    """The launcher part of the printed command, and the flags of main.py as its parser sees them."""
+    launcher, _, flags = text.strip().splitlines()[-1].partition('main.py ')
+    return launcher, vars(parse_args(flags.split()))
+
+
+PAPER = {  # data set, input size, total batch of T and S, learning rate, warm-up, epochs
+    'cifar100': ('CIFAR', 32, 512, 256, 1e-3, 5, 300),
+    'cifar10': ('CIFAR10', 32, 512, 256, 1e-3, 5, 300),
+    'imagenet': ('IMNET', 224, 512, 512, 5e-4, 10, 300),
+    **{
+        name: (name, 224, 256, 128, 1e-3, 20, 300)
+        for name in ('clipart', 'infograph', 'painting', 'quickdraw', 'real', 'sketch')
+    },
+}
+
+
+@pytest.mark.parametrize('recipe', PAPER)
+def test_published_recipes(recipe: str) -> None:
+    for size, batch in zip(('tiny', 'small'), PAPER[recipe][2:4], strict=True):
+        family = (
+            'cifar_patch4' if 'cifar' in recipe else 'imagenet_patch16' if recipe == 'imagenet' else 'domain_patch16'
+        )
+        model = f'dhvt_{size}_{family}'
+        _, flags = flags_of(script('run_code.sh', recipe, **({'MODEL': model} if size == 'small' else {})))
+        names = ('data_set', 'input_size', 'batch_size', 'lr', 'warmup_epochs', 'epochs')
+        assert tuple(flags[name] for name in names) == (*PAPER[recipe][:2], batch, *PAPER[recipe][4:])
+        assert flags['model'] == model
+        published: dict[str, Any] = {
+            'weight_decay': 0.05,
+            'aa': 'rand-m9-mstd0.5-inc1',
+            'mixup': 0.8,
+            'cutmix': 1.0,
+            'reprob': 0.25,
+        }
+        published |= {'smoothing': 0.1, 'color_jitter': 0.4, 'repeated_aug': True, 'drop_path': 0.1, 'sched': 'cosine'}
+        assert {name: flags[name] for name in published} == published
+
+
+def test_published_finetuning(tmp_path: Path) -> None:
+    (tmp_path / 'a.pth').touch()
+    _, flags = flags_of(script('finetune.sh', str(tmp_path / 'a.pth'), 'cifar100', '--train-mode'))
+    expected: dict[str, Any] = {
+        'input_size': 224,
+        'batch_size': 256,
+        'lr': 5e-4,
+        'min_lr': 1e-6,
+        'weight_decay': 1e-8,
+        'epochs': 100,
+    }
+    expected |= {'warmup_epochs': 2, 'repeated_aug': False, 'finetune': str(tmp_path / 'a.pth'), 'train_mode': True}
+    expected |= {'model': 'dhvt_tiny_imagenet_patch16', 'data_set': 'CIFAR'}
+    assert {name: flags[name] for name in expected} == expected
+    assert 'no such checkpoint' in script('finetune.sh', str(tmp_path / 'b.pth'), 'cifar100', expect=1)
+    assert 'usage' in script('finetune.sh', expect=2)
+
+
+def test_default_and_further_flags() -> None:
+    _, flags = flags_of(script('run_code.sh', '--epochs', '3', '--seed', '7'))
+    assert (flags['data_set'], flags['epochs'], flags['seed']) == ('DIGITS', 3, 7)
+    _, flags = flags_of(script('run_code.sh'))
+    assert (flags['data_set'], flags['epochs'], flags['batch_size']) == ('DIGITS', 12, 64)
+
+
+def test_the_total_batch_does_not_depend_on_the_processes() -> None:
+    for nproc, nnodes, accum in ((1, 1, 1), (4, 1, 1), (8, 2, 1), (4, 1, 2)):
+        env = {'NPROC': str(nproc), 'NNODES': str(nnodes), 'ACCUM': str(accum), 'MASTER_ADDR': 'host0'}
+        launcher, flags = flags_of(script('run_code.sh', 'cifar100', NODE_RANK='1', MASTER_PORT='12345', **env))
+        assert flags['batch_size'] * flags['accum_steps'] * nproc * nnodes == 512 and flags['lr'] == 1e-3
+        if nnodes > 1:
+            assert '--nnodes 2 --node_rank 1 --nproc_per_node 8 --master_addr host0 --master_port 12345' in launcher
+        elif nproc > 1:
+            assert f'--standalone --nproc_per_node {nproc}' in launcher
+        else:
+            assert 'torch.distributed' not in launcher
+    assert 'cannot be shared out' in script('run_code.sh', 'cifar100', expect=2, NPROC='3')
+    assert 'MASTER_ADDR' in script('run_code.sh', 'cifar100', expect=2, NNODES='2', MASTER_ADDR='')
+
+
+def test_data_and_output_come_from_the_environment(tmp_path: Path) -> None:
+    _, flags = flags_of(script('run_code.sh', 'sketch', cwd=tmp_path, DATA='my/data', OUTPUT='my/out'))
+    assert (flags['data_path'], flags['output_dir']) == ('my/data', 'my/out')
+    assert "unknown recipe 'mnist'" in script('run_code.sh', 'mnist', expect=2)
+
+
+def test_environment_check_reads_all_requirements() -> None:
+    text = (ROOT / 'pyproject.toml').read_text()
+    found = check_env.required(text, ['check'])
+    if importlib.util.find_spec('tomllib'):
+        import tomllib  # Python 3.11
+
+        project = tomllib.loads(text)['project']
+        assert found == project['dependencies'] + project['optional-dependencies']['check']
+    assert check_env.unmet(found) == []
+    assert check_env.unmet(['torch>=99', 'no-such-package']) == [
+        f'torch>=99 is needed, {check_env.metadata.version("torch")} is installed',
+        'no-such-package is not installed',
+    ]
+
+
+def test_pins_lie_within_the_ranges() -> None:
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / 'requirements.txt').read_text().splitlines() if line and line[0] != '#']
+    pins = [Requirement(line) for line in lines]
+    assert all(re.fullmatch(r'==[\d.]+', str(pin.specifier)) for pin in pins)
+    ranges = {r.name: r for r in map(Requirement, check_env.required((ROOT / 'pyproject.toml').read_text(), ['check']))}
+    assert {pin.name for pin in pins} == set(ranges)
+    assert all(ranges[pin.name].specifier.contains(str(pin.specifier)[2:]) for pin in pins)
