@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 from torchprofile import profile_macs
 
 
@@ -54,6 +53,8 @@ def images_per_second(
         amp_dtype: autocast's type, None for float32.
         seconds: measures for at least so long.
     """
+    from torch.utils.benchmark import Timer  # its import prints a warning where nvcc is installed without a GPU
+
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
