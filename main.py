@@ -251,9 +251,14 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module
     if not timm.is_model(args.model):
         near = ', '.join(timm.list_models('dhvt_*'))
         raise UsageError(f"--model {args.model}: timm's registry has no such model; this project adds {near}")
-    kwargs: dict[str, Any] = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path, **dict(args.model_kwargs)}
+    elsewhere = {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
+    for name, _ in args.model_kwargs:
+        if name in elsewhere:
+            raise UsageError(f'--model-kwargs {name}=…: this is set by {elsewhere[name]}')
+    drops = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path}  # not every model of timm's has both
+    kwargs: dict[str, Any] = {**{name: rate for name, rate in drops.items() if rate > 0}, **dict(args.model_kwargs)}
     if num_classes is not None:
-        kwargs.setdefault('num_classes', num_classes)
+        kwargs['num_classes'] = num_classes
     try:
         try:
             return timm.create_model(args.model, **{'img_size': args.input_size, **kwargs})
@@ -296,8 +301,7 @@ def build_loaders(
     Raises:
         InputError: if the training images do not fill one batch.
     """
-    local_processes = max(torch.cuda.device_count(), 1) if device.type == 'cuda' else process.world_size
-    cores = max(num_usable_cores() // min(local_processes, process.world_size), 1)
+    cores = max(num_usable_cores() // process.local_world_size, 1)
     workers = min(10, cores) if args.num_workers is None else args.num_workers
     common: dict[str, Any] = {'num_workers': workers, 'pin_memory': args.pin_mem and device.type == 'cuda'}
     replicas, rank = process.world_size, process.rank
@@ -332,13 +336,11 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
     Raises:
         UsageError: if timm does not know it, or it refuses its arguments.
     """
-    kwargs: dict[str, Any] = {'eps': args.opt_eps}
+    kwargs: dict[str, Any] = {'eps': args.opt_eps}  # timm drops what an optimizer does not take
     if args.opt_betas is not None:
         kwargs['betas'] = tuple(args.opt_betas)
     if args.opt in ('adam', 'adamw') and device.type == 'cuda':
         kwargs['fused'] = True  # skips steps that float16 spoils without a wait for the host
-    if args.opt in ('sgd', 'nesterov', 'momentum'):
-        kwargs.pop('eps')
     try:
         return create_optimizer_v2(
             model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **kwargs
@@ -370,7 +372,7 @@ def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.devic
     """Prints parameters, multiply-adds and images per second of evaluation, measured on the main process."""
     if not is_main_process():
         return
-    size = (getattr(model, 'in_chans', 3), args.input_size, args.input_size)
+    size = (3, args.input_size, args.input_size)
     parameters = sum(p.numel() for p in model.parameters())
     log(f'{args.model}: {parameters:,} parameters, {count_macs(model, size) / 1e9:.3f} G multiply-adds an image')
     rate = images_per_second(model, size, batch_size=args.batch_size, amp_dtype=amp)

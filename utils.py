@@ -45,11 +45,15 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Process:
-    """This process's place in the group; `launcher` is what said so."""
+    """This process's place in the group; `launcher` is what said so.
+
+    `local_world_size` is the number of processes that share this one's cores: 1 under SLURM, which deals them out.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
     launcher: str = 'none'
 
 
@@ -67,15 +71,16 @@ def find_process(env: Mapping[str, str], *, world_size: int = 1, local_rank: int
     try:
         if 'RANK' in env and 'WORLD_SIZE' in env:
             local = int(env.get('LOCAL_RANK', local_rank))
-            return Process(int(env['RANK']), int(env['WORLD_SIZE']), local, 'torchrun')
+            local_size = int(env.get('LOCAL_WORLD_SIZE', 1))
+            return Process(int(env['RANK']), int(env['WORLD_SIZE']), local, local_size, 'torchrun')
         tasks = int(env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1)))
         if 'SLURM_PROCID' in env and tasks > 1:
-            return Process(int(env['SLURM_PROCID']), tasks, int(env.get('SLURM_LOCALID', 0)), 'slurm')
+            return Process(int(env['SLURM_PROCID']), tasks, int(env.get('SLURM_LOCALID', 0)), 1, 'slurm')
     except ValueError as err:
         raise UsageError(f'a launcher variable (RANK, WORLD_SIZE, LOCAL_RANK, SLURM_*) is no number: {err}') from None
     if world_size < 1 or not 0 <= local_rank < world_size:
         raise UsageError(f'--local_rank {local_rank} is outside --world_size {world_size}')
-    return Process(local_rank, world_size, local_rank, 'flags' if world_size > 1 else 'none')
+    return Process(local_rank, world_size, local_rank, world_size, 'flags' if world_size > 1 else 'none')
 
 
 def _slurm_rendezvous(env: Mapping[str, str]) -> dict[str, str]:
@@ -273,7 +278,10 @@ def find_device(name: str, *, local_rank: int) -> torch.device:
         raise UsageError(f'--device {name}: no such kind of device; use cuda, mps or cpu') from None
     if device.type == 'cuda':
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = local_rank if device.index is None else device.index
+        if device.index is not None:
+            index = device.index
+        else:  # SLURM may show each of a machine's processes its own GPU only
+            index = 0 if count == 1 and 'SLURM_PROCID' in os.environ else local_rank
         if index >= count:
             raise UsageError(f'--device {name}: process {local_rank} needs GPU {index}, but this machine shows {count}')
         device = torch.device('cuda', index)

@@ -223,6 +223,11 @@ def test_finetuning_with_another_head(
         assert kept == frozen
 
 
+@pytest.mark.parametrize('opt', ['sgd', 'lion', 'lamb'])
+def test_other_optimizers_train(flags: list[str], opt: str) -> None:
+    assert main([*flags, '--opt', opt, '--epochs', '1'])['epoch'] == 0
+
+
 def test_other_timm_models_train(flags: list[str]) -> None:
     argv = [flag for flag in flags if flag not in SMALL_MODEL]
     assert main([*argv, '--model', 'resnet10t', '--epochs', '1', '--input-size', '32'])['epoch'] == 0
@@ -258,6 +263,8 @@ def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
         (['--model', 'dhvt_huge'], 'dhvt_tiny_cifar_patch4'),
         (['--model-kwargs', 'depth'], 'key=value'),
         (['--model-kwargs', 'depht=2'], 'depht'),
+        (['--model-kwargs', 'num_classes=2'], 'set by --nb-classes'),
+        (['--model-kwargs', 'in_chans=1'], 'three channels'),
         (['--model-kwargs', 'patch_size=3'], 'power of two'),
         (['--input-size', '30'], 'not divisible by patch size 4'),
         (['--opt', 'nonsense'], 'nonsense'),

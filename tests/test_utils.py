@@ -26,13 +26,17 @@ from utils import (
 @pytest.mark.parametrize(
     ('env', 'flags', 'process'),
     [
-        ({}, {}, Process(0, 1, 0, 'none')),
-        ({}, {'world_size': 4, 'local_rank': 2}, Process(2, 4, 2, 'flags')),
-        ({'RANK': '5', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1'}, {}, Process(5, 8, 1, 'torchrun')),
-        ({'RANK': '5', 'WORLD_SIZE': '8'}, {'local_rank': 3}, Process(5, 8, 3, 'torchrun')),
-        ({'SLURM_PROCID': '9', 'SLURM_NTASKS': '16', 'SLURM_LOCALID': '1'}, {}, Process(9, 16, 1, 'slurm')),
-        ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '16', 'SLURM_STEP_NUM_TASKS': '1'}, {}, Process(0, 1, 0, 'none')),
-        ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '1'}, {}, Process(0, 1, 0, 'none')),
+        ({}, {}, Process(0, 1, 0, 1, 'none')),
+        ({}, {'world_size': 4, 'local_rank': 2}, Process(2, 4, 2, 4, 'flags')),
+        (
+            {'RANK': '5', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '4'},
+            {},
+            Process(5, 8, 1, 4, 'torchrun'),
+        ),
+        ({'RANK': '5', 'WORLD_SIZE': '8'}, {'local_rank': 3}, Process(5, 8, 3, 1, 'torchrun')),
+        ({'SLURM_PROCID': '9', 'SLURM_NTASKS': '16', 'SLURM_LOCALID': '1'}, {}, Process(9, 16, 1, 1, 'slurm')),
+        ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '16', 'SLURM_STEP_NUM_TASKS': '1'}, {}, Process(0, 1, 0, 1, 'none')),
+        ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '1'}, {}, Process(0, 1, 0, 1, 'none')),
     ],
 )
 def test_launchers(env: dict[str, str], flags: dict[str, int], process: Process) -> None:
