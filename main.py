@@ -514,6 +514,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     synchronized: nn.Module = model
     if process.world_size > 1:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # the layout of their gradients, as tokens are channels-last maps
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         synchronize_stem(model, device)
         synchronized = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     optimizer = build_optimizer(args, model, lr, device)
@@ -614,7 +617,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
     """
     try:
-        return run(parse_args(argv))
+        line = run(parse_args(argv))
     except InputError as err:
         _leave(one_line(err), err.exit_code)
     except torch.OutOfMemoryError:
@@ -623,9 +626,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         _leave(one_line(err), 1)
     except KeyboardInterrupt:
         _leave('interrupted', 130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: the other processes may never come to the same point
+        dist.destroy_process_group()
+    return line
 
 
 def _leave(message: str, code: int) -> NoReturn:
