@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.error import URLError
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,11 @@ def load(source: str) -> dict[str, Any]:
     Raises:
         InputError: if the file is missing, is no checkpoint, is damaged, or holds anything else.
     """
-    path = _download(source) if re.match(r'(https?|file)://', source) else Path(source)
+    url = urlsplit(source)
+    if url.scheme in ('http', 'https'):
+        path = _download(source)
+    else:
+        path = Path(url2pathname(url.path) if url.scheme == 'file' else source)
     if not path.is_file():
         raise InputError(f'{source}: no such checkpoint file')
     try:
@@ -83,7 +88,7 @@ def load(source: str) -> dict[str, Any]:
         if refused:
             name = refused.group(1) or refused.group(2)
             raise InputError(f'{source}: refused, it holds {name}, and a checkpoint may hold no code') from None
-        raise InputError(f'{source} is damaged or no PyTorch checkpoint: {one_line(err)}') from None
+        raise InputError(f'{source} is damaged, or no checkpoint of PyTorch') from None
     if not isinstance(checkpoint, dict):
         raise InputError(f'{source} holds a {type(checkpoint).__name__}, not a checkpoint')
     return checkpoint
@@ -91,8 +96,10 @@ def load(source: str) -> dict[str, Any]:
 
 def stored_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the run that wrote a checkpoint, empty if it does not say."""
-    args = checkpoint.get('args', {})
-    return dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+    args = checkpoint.get('args')
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return dict(args) if isinstance(args, Mapping) else {}
 
 
 def model_weights(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from utils import InputError, UsageError, count, one_line
+from utils import InputError, UsageError, one_line, shorten
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -104,7 +104,8 @@ def load_image(path: str) -> Image.Image:
         with open(path, 'rb') as file:
             return Image.open(file).convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-        raise InputError(f'{path} cannot be read as an image ({one_line(err)}): replace or remove it') from None
+        reason = 'its format is unknown' if isinstance(err, UnidentifiedImageError) else one_line(err)
+        raise InputError(f'{path} cannot be read as an image ({reason}): replace or remove it') from None
 
 
 class _FolderSplit(ImageFolder):
@@ -121,7 +122,7 @@ class _FolderSplit(ImageFolder):
 
 
 def _class_folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
 
 
 class Splits(NamedTuple):
@@ -148,13 +149,17 @@ def _build_folders(
     if not classes:
         raise InputError(f'{root}: train/ and val/ hold no class folders; they need <split>/<class>/<image>')
     class_to_idx = {name: index for index, name in enumerate(classes)}
-    notes = []
-    for split, names in found.items():
-        lacking = [name for name in classes if name not in set(names)]
-        if lacking:
-            notes.append(f'{folders[split]} lacks {count(lacking, "folder")} of the {len(classes)} classes')
     train_split = _FolderSplit(folders['train'], class_to_idx, train_transform) if train else None
-    return train_split, _FolderSplit(folders['val'], class_to_idx, val_transform), classes, notes
+    val_split = _FolderSplit(folders['val'], class_to_idx, val_transform)
+    notes = []
+    for split in (train_split, val_split):
+        if split is not None:
+            present = set(split.targets)
+            lacking = [name for name in classes if class_to_idx[name] not in present]
+            if lacking:
+                notes.append(f'{split.root} has no images of {len(lacking)} of the {len(classes)} classes: '
+                             + shorten(lacking))  # fmt: skip
+    return train_split, val_split, classes, notes
 
 
 def _build_cifar(
@@ -207,10 +212,12 @@ def build_datasets(
         train_split, val_split, classes, notes = _build_folders(Path(data_path), train, *transforms_)
 
     head = num_classes or info.num_classes or len(classes)
+    where = data_path if info.kind == 'folder' else name
     if len(classes) > head:
-        raise InputError(f'{data_path} has {len(classes)} classes, more than the {head} of {name}: set --nb-classes')
+        limit = f'--nb-classes {head} leaves room for' if num_classes else f'the {head} of {name}'
+        raise InputError(f'{where} has {len(classes)} classes, more than {limit}: set --nb-classes {len(classes)}')
     if len(classes) < head:
-        notes.append(f'{data_path} has {len(classes)} classes; the head is made for {head}')
+        notes.append(f'{where} has {len(classes)} classes; the head is made for {head}')
     return Splits(train_split, val_split, head, notes)
 
 

@@ -6,10 +6,12 @@ import argparse
 import ast
 import copy
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +31,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import checkpoint as ckpt
 import models  # noqa: F401  registers DHVT with timm
 from datasets import DATA_SETS, EraseSecondHalf, Splits, build_datasets, build_transform, find_name
-from engine import evaluate, train_one_epoch
+from engine import NonFiniteLossError, evaluate, train_one_epoch
 from losses import create_criterion
 from samplers import EvalSampler, RASampler
 from speed import count_macs, images_per_second
@@ -53,6 +55,10 @@ from utils import (
 )
 
 # With --eval, flags that are not given are taken from the run that wrote the checkpoint.
+SCHEDULE_FLAGS = (
+    *('epochs', 'sched', 'lr', 'min_lr', 'warmup_lr', 'warmup_epochs', 'decay_epochs', 'decay_rate', 'batch_size'),
+    *('accum_steps', 'weight_decay', 'lr_noise', 'patience_epochs'),
+)  # fmt: skip
 RECALLED_FLAGS = ('model', 'model_kwargs', 'data_set', 'data_path', 'input_size', 'nb_classes', 'batch_size', 'amp')
 
 
@@ -78,7 +84,9 @@ def _number(kind: type, *, low: float, high: float = float('inf'), low_open: boo
         value = kind(text)
         if not (low < value if low_open else low <= value) or not value <= high or value == float('inf'):
             limits = f'above {low:g}' if low_open else f'at least {low:g}'
-            raise argparse.ArgumentTypeError(f'{text} must be {limits}' + (f', at most {high:g}' if high < 1e9 else ''))
+            raise argparse.ArgumentTypeError(
+                f'{text} must be {limits}' + (f', at most {high}' if high < float('inf') else '')
+            )
         return value
 
     parse.__name__ = kind.__name__
@@ -178,7 +186,9 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
 
     group = parser.add_argument_group('data')
-    group.add_argument('--data-path', default='data', help='folder of train/ and val/, or where CIFAR is put')
+    group.add_argument(
+        '--data-path', default='data', type=os.path.abspath, help='folder of train/ and val/, or where CIFAR is put'
+    )
     group.add_argument('--data-set', default='IMNET', type=_data_set, help=', '.join(DATA_SETS))
     group.add_argument('--num_workers', type=COUNT, help='loader processes; 10, or fewer where there are fewer cores')
     group.add_argument('--pin-mem', action=switch, default=True, help='pin batches in host memory for GPUs')
@@ -193,7 +203,7 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--dist-eval', action='store_true', help='share evaluation out over the processes')
     group.add_argument('--test_speed', action='store_true', help='print images per second and multiply-adds first')
     group.add_argument('--only_test_speed', action='store_true', help='print them and leave')
-    group.add_argument('--seed', default=0, type=COUNT)
+    group.add_argument('--seed', default=0, type=_number(int, low=0, high=2**31 - 1), help='of every random draw')
     group.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
     group.add_argument('--amp', default='auto', choices=('auto', 'off', 'fp16', 'bf16'),
                        help='mixed precision: auto is bf16 where the hardware has it, else fp16 on GPUs')  # fmt: skip
@@ -203,6 +213,18 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--local_rank', default=0, type=COUNT, help="this process's number")
     group.add_argument('--dist_url', default='env://', help='env:// or tcp://HOST:PORT')
     return parser
+
+
+def _as_flags(stored: dict[str, Any]) -> list[str]:
+    """The recalled flags of a run as they would be typed, so that the parser checks them like any others."""
+    flags: list[str] = []
+    for name in RECALLED_FLAGS:
+        value = stored.get(name)
+        if isinstance(value, (list, tuple)):
+            flags += [f'--{name}', *(f'{key}={setting!r}' for key, setting in value)]
+        elif value is not None:
+            flags += [f'--{name}={value}']
+    return flags
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -215,15 +237,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.eval and args.resume:
-        stored = ckpt.stored_args(ckpt.load(args.resume))
-        parser.set_defaults(**{name: stored[name] for name in RECALLED_FLAGS if name in stored})
-        args = parser.parse_args(argv)
+        recalled = _as_flags(ckpt.stored_args(ckpt.load(args.resume)))
+        args = parser.parse_args([*recalled, *(sys.argv[1:] if argv is None else argv)])
 
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixed and args.batch_size % 2 and not args.eval:
+    trains = not args.eval and not args.only_test_speed
+    if mixed and args.batch_size % 2 and trains:
         raise UsageError(f'--batch-size {args.batch_size} is odd: mixup and cutmix need an even one, or both at 0')
-    if args.cutmix_minmax and not 0 < args.cutmix_minmax[0] <= args.cutmix_minmax[1]:
-        raise UsageError('--cutmix-minmax needs two ratios, the smaller one first and above 0')
+    if args.cutmix_minmax and not int(args.input_size * args.cutmix_minmax[0]) < int(
+        args.input_size * args.cutmix_minmax[1]
+    ):
+        raise UsageError('--cutmix-minmax needs two ratios, the smaller one first, at least a pixel apart')
     if args.lr_noise and len(args.lr_noise) > 2:
         raise UsageError('--lr-noise takes one part of the training, or two')
     if args.eval and not (args.resume or args.finetune):
@@ -234,11 +258,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError('--eval and --only_test_speed exclude each other')
     if args.start_epoch and args.resume:
         raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
-    if not args.resume and not args.eval and args.output_dir and Path(args.output_dir, 'checkpoint.pth').exists():
-        raise UsageError(
-            f'{args.output_dir} holds a run already: go on with --resume {Path(args.output_dir, "checkpoint.pth")}, '
-            'or choose another --output_dir'
-        )
+    if args.start_epoch >= args.epochs:
+        raise UsageError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
+    if trains and args.output_dir:
+        output = Path(args.output_dir)
+        holds_run = any((output / name).exists() for name in ('checkpoint.pth', 'best_checkpoint.pth', 'log.txt'))
+        goes_on = bool(args.resume) and Path(args.resume).resolve().parent == output.resolve()
+        if holds_run and not goes_on:
+            raise UsageError(
+                f'{output} holds a run already: go on with --resume {output / "checkpoint.pth"}, '
+                'or choose another --output_dir'
+            )
     return args
 
 
@@ -255,7 +285,7 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module
     for name, _ in args.model_kwargs:
         if name in elsewhere:
             raise UsageError(f'--model-kwargs {name}=…: this is set by {elsewhere[name]}')
-    drops = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path}  # not every model of timm's has both
+    drops = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path}  # a rate of 0 is not mentioned to the model
     kwargs: dict[str, Any] = {**{name: rate for name, rate in drops.items() if rate > 0}, **dict(args.model_kwargs)}
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
@@ -266,8 +296,26 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module
             if 'img_size' not in str(err):
                 raise
             return timm.create_model(args.model, **kwargs)  # convolutional networks are not told the size
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as err:
+        hint = '; --drop-path 0 leaves it out' if 'drop_path_rate' in str(err) else ''
+        raise UsageError(f'--model {args.model} refuses its arguments: {one_line(err)}{hint}') from None
+
+
+def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int) -> None:
+    """Puts one black image through the model.
+
+    Raises:
+        UsageError: if that fails, or does not end in logits (1, num_classes).
+    """
+    image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(image)
     except (TypeError, ValueError, RuntimeError, AssertionError) as err:
-        raise UsageError(f'--model {args.model} refuses its arguments: {one_line(err)}') from None
+        raise UsageError(f'--model {name} cannot take images of {input_size} px: {one_line(err)}') from None
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(f'--model {name} gives {shape} for an image, where a row of {num_classes} logits is needed')
 
 
 def load_splits(args: argparse.Namespace, process: Process) -> Splits:
@@ -282,7 +330,8 @@ def load_splits(args: argparse.Namespace, process: Process) -> Splits:
         're_mode': args.remode,
         're_count': args.recount,
     }
-    with in_turn(process):
+    downloads = DATA_SETS[args.data_set].kind == 'cifar'
+    with in_turn(process) if downloads else nullcontext():
         return build_datasets(
             args.data_set,
             args.data_path,
@@ -386,34 +435,42 @@ def report_accuracy(stats: dict[str, float]) -> None:
 
 
 def restore(
-    source: str, state: dict[str, Any], ema: ModelEmaV3 | None, optimizer: Any, scheduler: Any, scaler: Any
+    args: argparse.Namespace, state: dict[str, Any], ema: ModelEmaV3 | None, optimizer: Any, scheduler: Any, scaler: Any
 ) -> tuple[int, float]:
     """Continues a run from its checkpoint, whose model is loaded already.
 
     Returns:
-        The next epoch, and the best accuracy so far in percent.
+        The next epoch, and the best accuracy so far in percent, -1 if the checkpoint does not say.
 
     Raises:
         InputError: if the checkpoint is of another kind of run.
     """
-    lacking = [name for name in ('optimizer', 'lr_scheduler', 'epoch') if name not in state]
+    source = args.resume
+    lacking = [name for name in ('optimizer', 'lr_scheduler', 'epoch') if state.get(name) is None]
     if lacking:
         raise InputError(f'{source} has no {", ".join(lacking)}: it cannot be resumed; start from it with --finetune')
-    if ema is not None:
-        weights = state.get('model_ema')
-        if weights is None:
-            log(f'{source} holds no moving average: it starts from the weights')
-        ckpt.load_whole(ema.module, weights or ckpt.model_weights(state, source), source)
+    stored = ckpt.stored_args(state)
+    if stored.get('opt', args.opt) != args.opt:
+        raise InputError(f'{source} is of a run with --opt {stored["opt"]}, not {args.opt}')
+    for name in SCHEDULE_FLAGS:
+        if name in stored and stored[name] != getattr(args, name):
+            log(f'Note: --{name} was {stored[name]} and stays so: the schedule goes on as {source} has it')
     try:
+        if ema is not None:
+            weights = state.get('model_ema')
+            if weights is None:
+                log(f'{source} holds no moving average: it starts from the weights')
+            ckpt.load_whole(ema.module, weights or ckpt.model_weights(state, source), source)
         optimizer.load_state_dict(state['optimizer'])
         scheduler.load_state_dict(state['lr_scheduler'])
         if state.get('scaler') and scaler.is_enabled():
             scaler.load_state_dict(state['scaler'])
-    except (ValueError, KeyError, RuntimeError) as err:
+        best = float(state.get('max_accuracy', -1.0))
+        epoch = int(state['epoch'])
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as err:
         raise InputError(f'{source} is of a run with another optimizer or schedule: {one_line(err)}') from None
-    best = float(state.get('max_accuracy', 0.0))
-    log(f'Resumed from {source}: epoch {state["epoch"]} is done, best accuracy {best:.2f}%')
-    return int(state['epoch']) + 1, best
+    log(f'Resumed from {source}: epoch {epoch} is done, best accuracy {max(best, 0):.2f}%')
+    return epoch + 1, best
 
 
 def synchronize_stem(model: nn.Module, device: torch.device) -> None:
@@ -450,7 +507,7 @@ class OutputFolder:
     def write_log(self, line: dict[str, Any]) -> None:
         if self.path is not None:
             with open(self.path / 'log.txt', 'a') as file:
-                file.write(json.dumps(line) + '\n')
+                file.write(json.dumps(line, allow_nan=False) + '\n')
             for name, value in line.items():
                 self.writer.add_scalar(name, value, line['epoch'])
             self.writer.flush()
@@ -459,7 +516,7 @@ class OutputFolder:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Builds everything from the arguments and runs the epochs; returns the last line of the log."""
     process = find_process(os.environ, world_size=args.world_size, local_rank=args.local_rank)
-    device = find_device(args.device or default_device(), local_rank=process.local_rank)
+    device = find_device(args.device or default_device(process), process=process)
     init_distributed(process, device=device, dist_url=args.dist_url)
     amp_dtype = find_amp_dtype(args.amp, device)
     random_seed(args.seed, process.rank)
@@ -475,13 +532,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for note in splits.notes:
         log(f'Note: {note}')
     model = create_model(args, splits.num_classes).to(device)
-    if args.resume:
-        resumed = ckpt.load(args.resume)
-        ckpt.load_whole(model, ckpt.model_weights(resumed, args.resume), args.resume)
-    elif args.finetune:
-        weights = ckpt.model_weights(ckpt.load(args.finetune), args.finetune)
-        for misfit in ckpt.load_fitting(model, weights, args.finetune):
-            log(f'{args.finetune}: {misfit}')
+    check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes)
+    source = args.resume or args.finetune
+    if source:
+        with in_turn(process):  # a URL is downloaded once
+            loaded = ckpt.load(source)
+        weights = ckpt.model_weights(loaded, source)
+        if args.resume or args.eval:
+            ckpt.load_whole(model, weights, source)
+        else:
+            for misfit in ckpt.load_fitting(model, weights, source):
+                log(f'{source}: {misfit}')
     if args.test_speed:
         report_speed(args, model, device, amp_dtype)
 
@@ -526,11 +587,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.model_ema:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
         model_ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
-    start_epoch, best = args.start_epoch, 0.0
+    start_epoch, best = args.start_epoch, -1.0
     if args.resume:
-        start_epoch, best = restore(args.resume, resumed, model_ema, optimizer, scheduler, scaler)
+        start_epoch, best = restore(args, loaded, model_ema, optimizer, scheduler, scaler)
     elif start_epoch:
-        scheduler.step(max(start_epoch - args.lr_delay_epochs, 0))
+        scheduler.step(max(start_epoch - args.lr_delay_epochs, 0), 0.0)
 
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     derived = {
@@ -574,6 +635,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             train_mode=train_mode,
         )
         test_stats = test(model, 'Test')
+        if not math.isfinite(test_stats['loss']):
+            raise NonFiniteLossError(
+                f'the test loss is {test_stats["loss"]} after epoch {epoch}, with learning rate '
+                f'{train_stats["lr"]:.3g}; the last checkpoint is from before this epoch'
+            )
         report_accuracy(test_stats)
         line = {f'train_{name}': value for name, value in train_stats.items()}
         line |= {f'test_{name}': value for name, value in test_stats.items() if name != 'images'}
@@ -584,7 +650,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         is_best = test_stats['acc1'] > best
         best = max(best, test_stats['acc1'])
         line |= {'max_accuracy': best, 'epoch': epoch, 'n_parameters': num_parameters}
-        scheduler.step(max(epoch + 1 - args.lr_delay_epochs, 0), test_stats['loss'])
+        if epoch + 1 > args.lr_delay_epochs:
+            scheduler.step(epoch + 1 - args.lr_delay_epochs, test_stats['loss'])
         output.save(
             {
                 'model': model.state_dict(),
@@ -603,7 +670,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if start_epoch >= last_epoch:
         log(f'Nothing is left to train: the checkpoint has all {last_epoch} epochs')
         report_accuracy(test(model, 'Test'))
-    log(f'Training time {format_seconds(time.perf_counter() - started)}, best accuracy {best:.2f}%')
+    log(f'Training time {format_seconds(time.perf_counter() - started)}, best accuracy {max(best, 0):.2f}%')
     return line
 
 
@@ -623,7 +690,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         _leave('out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total', 1)
     except OSError as err:
-        _leave(one_line(err), 1)
+        _leave(f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
+    except ValueError as err:
+        if 'more than 1 value per channel' not in str(err):
+            raise
+        _leave('BatchNorm needs more than one value for each channel: raise --batch-size', UsageError.exit_code)
+    except (dist.DistError, RuntimeError) as err:
+        # gloo and NCCL report a process that is gone from inside whatever collective the others were in.
+        if not isinstance(err, dist.DistError) and 'gloo' not in str(err):
+            raise
+        _leave(f'another process of the group has stopped: {one_line(err)}', 1)
     except KeyboardInterrupt:
         _leave('interrupted', 130)
     if dist.is_initialized():  # not after an error: the other processes may never come to the same point

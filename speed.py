@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,8 @@ def images_per_second(
         amp_dtype: autocast's type, None for float32.
         seconds: measures for at least so long.
     """
-    from torch.utils.benchmark import Timer  # its import prints a warning where nvcc is installed without a GPU
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)  # which the import below loads for nothing
+    from torch.utils.benchmark import Timer
 
     was_training = model.training
     model.eval()

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -96,7 +96,8 @@ def _slurm_rendezvous(env: Mapping[str, str]) -> dict[str, str]:
         except (OSError, subprocess.CalledProcessError, IndexError):
             raise InputError('cannot ask SLURM for the first host: set MASTER_ADDR to its name') from None
     if 'MASTER_PORT' not in env:
-        found['MASTER_PORT'] = str(20000 + int(env.get('SLURM_JOB_ID', '0')) % 20000)
+        job = ''.join(filter(str.isdigit, env.get('SLURM_JOB_ID', ''))) or '0'
+        found['MASTER_PORT'] = str(20000 + int(job) % 20000)
     return found
 
 
@@ -115,6 +116,8 @@ def init_distributed(process: Process, *, device: torch.device, dist_url: str) -
         return
     if process.launcher == 'slurm' and dist_url == 'env://':
         os.environ.update(_slurm_rendezvous(os.environ))
+    if process.rank == 0 and process.launcher != 'torchrun':
+        print(f'Waiting for {process.world_size - 1} further processes ({process.launcher})', flush=True)
     try:
         dist.init_process_group(
             backend='nccl' if device.type == 'cuda' else 'gloo',
@@ -123,9 +126,9 @@ def init_distributed(process: Process, *, device: torch.device, dist_url: str) -
             rank=process.rank,
             device_id=device if device.type == 'cuda' else None,
         )
+        dist.barrier()
     except (ValueError, RuntimeError, dist.DistError) as err:
         raise InputError(f'cannot join the process group at {dist_url}: {one_line(err)}') from None
-    dist.barrier()
 
 
 def is_distributed() -> bool:
@@ -259,31 +262,37 @@ def format_seconds(seconds: float) -> str:
 # Devices
 
 
-def default_device() -> str:
-    """'cuda', 'mps' or 'cpu': the best that this machine has."""
+def default_device(process: Process) -> str:
+    """'cuda', 'mps' or 'cpu': the best that this machine has, and that a group of processes can use."""
     if torch.cuda.is_available():
         return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    return 'mps' if torch.backends.mps.is_available() and process.world_size == 1 else 'cpu'
 
 
-def find_device(name: str, *, local_rank: int) -> torch.device:
-    """The device of a name such as 'cuda', 'cuda:1', 'cpu'; 'cuda' alone means the GPU numbered `local_rank`.
+def find_device(name: str, *, process: Process) -> torch.device:
+    """The device of a name such as 'cuda', 'cuda:1', 'cpu'; 'cuda' alone means the GPU of the process's local rank.
 
     Raises:
         UsageError: if there is no such device here.
     """
     try:
         device = torch.device(name)
+        if device.type not in ('cuda', 'mps', 'cpu'):
+            raise RuntimeError
     except RuntimeError:
         raise UsageError(f'--device {name}: no such kind of device; use cuda, mps or cpu') from None
+    if process.world_size > 1 and (device.type == 'mps' or device.index is not None):
+        raise UsageError(f'--device {name}: {process.world_size} processes need cuda, one GPU for each, or cpu')
     if device.type == 'cuda':
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index is not None:
             index = device.index
         else:  # SLURM may show each of a machine's processes its own GPU only
-            index = 0 if count == 1 and 'SLURM_PROCID' in os.environ else local_rank
+            index = 0 if count == 1 and process.launcher == 'slurm' else process.local_rank
         if index >= count:
-            raise UsageError(f'--device {name}: process {local_rank} needs GPU {index}, but this machine shows {count}')
+            raise UsageError(
+                f'--device {name}: process {process.rank} needs GPU {index}, but this machine shows {count}'
+            )
         device = torch.device('cuda', index)
         torch.cuda.set_device(device)
     elif device.type == 'mps' and not torch.backends.mps.is_available():
@@ -313,8 +322,13 @@ def num_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def count(items: Sized | Iterable[Any], noun: str, *, most: int = 5) -> str:
-    """'3 keys (a, b, c)', shortened after `most` items: for messages."""
-    names = [str(item) for item in items]  # type: ignore[union-attr]
-    shown = ', '.join(names[:most]) + (', …' if len(names) > most else '')
-    return f'{len(names)} {noun}{"" if len(names) == 1 else "s"}' + (f' ({shown})' if names else '')
+def shorten(names: Iterable[str], *, most: int = 5) -> str:
+    """'a, b, c, …': the first few names, for messages."""
+    names = list(names)
+    return ', '.join(names[:most]) + (', …' if len(names) > most else '')
+
+
+def count(names: Iterable[str], noun: str) -> str:
+    """'3 keys (a, b, c)', for messages."""
+    names = list(names)
+    return f'{len(names)} {noun}{"" if len(names) == 1 else "s"}' + (f' ({shorten(names)})' if names else '')

@@ -73,7 +73,7 @@ class SequentialOverlapPatchEmbed(nn.Module):
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ValueError(f'patch_size must be a power of two (2, 4, 8, …), not {patch_size}')
         num_convs = patch_size.bit_length() - 1
-        if embed_dim % 2 ** (num_convs - 1):
+        if embed_dim < 1 or embed_dim % 2 ** (num_convs - 1):
             raise ValueError(f'patch_size {patch_size} needs embed_dim {embed_dim} halved {num_convs - 1} times')
         self.patch_size = patch_size
         self.set_input_size(img_size)
@@ -128,7 +128,7 @@ class HeadInteractedAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f'embedding width {dim} is not divisible by {num_heads} heads')
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -272,7 +272,7 @@ class DHVT(nn.Module):
 
     Raises:
         ValueError: for an image size that the patch size does not divide, a width that the heads do not divide, a
-            patch size that is no power of two, or an unknown `global_pool`.
+            patch size that is no power of two, no blocks, or an unknown `global_pool`.
     """
 
     def __init__(
@@ -298,6 +298,8 @@ class DHVT(nn.Module):
     ) -> None:
         super().__init__()
         self._check_pool(global_pool)
+        if depth < 1:
+            raise ValueError(f'depth must be at least 1, not {depth}')
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.in_chans = in_chans

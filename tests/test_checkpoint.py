@@ -83,7 +83,7 @@ def test_truncated_checkpoint(tmp_path: Path) -> None:
     ckpt.save(tmp_path / 'a.pth', {'model': {'weight': torch.randn(1000)}})
     content = (tmp_path / 'a.pth').read_bytes()
     (tmp_path / 'a.pth').write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match='damaged or no PyTorch checkpoint'):
+    with pytest.raises(InputError, match='is damaged, or no checkpoint'):
         ckpt.load(str(tmp_path / 'a.pth'))
 
 
@@ -99,15 +99,26 @@ def test_missing_file_and_other_content(tmp_path: Path) -> None:
         ckpt.model_weights({'epoch': 3}, 'a.pth')
 
 
-def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls(tmp_path: Path, web_folder: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
+    folder, url = web_folder
     for name, epoch in (('one', 1), ('two', 2)):
-        (tmp_path / name).mkdir()
-        ckpt.save(tmp_path / name / 'checkpoint.pth', {'epoch': epoch})
+        (folder / name).mkdir()
+        ckpt.save(folder / name / 'checkpoint.pth', {'epoch': epoch})
     for name, epoch in (('one', 1), ('two', 2)):  # the same file name is not the same file
-        assert ckpt.load((tmp_path / name / 'checkpoint.pth').as_uri())['epoch'] == epoch
+        assert ckpt.load(f'{url}/{name}/checkpoint.pth')['epoch'] == epoch
+    ckpt.save(folder / 'one' / 'checkpoint.pth', {'epoch': 5})
+    assert ckpt.load(f'{url}/one/checkpoint.pth')['epoch'] == 1  # downloaded once
+    assert ckpt.load((folder / 'one' / 'checkpoint.pth').as_uri())['epoch'] == 5  # a local file is read as it is
     with pytest.raises(InputError, match='cannot download'):
-        ckpt.load((tmp_path / 'three.pth').as_uri())
+        ckpt.load(f'{url}/three.pth')
+    with pytest.raises(InputError, match='no such checkpoint file'):
+        ckpt.load((folder / 'three.pth').as_uri())
+
+
+@pytest.mark.parametrize('args', [None, 'text', [1], 3])
+def test_odd_arguments_of_foreign_checkpoints(args: object) -> None:
+    assert ckpt.stored_args({'args': args}) == {} == ckpt.stored_args({})
 
 
 def test_weights_under_other_names() -> None:

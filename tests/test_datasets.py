@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 import tarfile
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +58,17 @@ def test_folders_share_one_class_map(make_folder: MakeFolder) -> None:
     assert splits.train.class_to_idx == splits.val.class_to_idx == {name: i for i, name in enumerate(classes)}
     assert splits.train.targets == [0, 0, 1, 1, 3, 3] and splits.val.targets == [0, 0, 2, 2, 3, 3]
     assert len(splits.notes) == 2
-    assert 'train lacks 1 folder (t-shirt)' in splits.notes[0] and 'val lacks 1 folder (syringe)' in splits.notes[1]
+    assert 'train has no images of 1 of the 4 classes: t-shirt' in splits.notes[0]
+    assert 'val has no images of 1 of the 4 classes: syringe' in splits.notes[1]
+
+
+def test_hidden_folders_are_no_classes_and_empty_ones_are_reported(make_folder: MakeFolder) -> None:
+    root = make_folder({'train': ['a', 'b', '.ipynb_checkpoints'], 'val': ['a']}, images=1)
+    (root / 'val' / 'b').mkdir()
+    (root / 'val' / 'notes.txt').write_text('a file beside the folders')
+    splits = build_datasets('FOLDER', str(root))
+    assert splits.train.classes == ['a', 'b'] and len(splits.train) == 2
+    assert [note.partition(' has ')[2] for note in splits.notes] == ['no images of 1 of the 2 classes: b']
 
 
 def test_class_counts(make_folder: MakeFolder) -> None:
@@ -69,7 +76,7 @@ def test_class_counts(make_folder: MakeFolder) -> None:
     splits = build_datasets('clipart', str(root))
     assert splits.num_classes == 345 and '2 classes; the head is made for 345' in splits.notes[0]
     assert build_datasets('FOLDER', str(root), num_classes=5).num_classes == 5
-    with pytest.raises(InputError, match='2 classes, more than the 1'):
+    with pytest.raises(InputError, match='2 classes, more than --nb-classes 1 leaves room for'):
         build_datasets('FOLDER', str(root), num_classes=1)
 
 
@@ -112,18 +119,6 @@ def test_truncated_image_is_named(make_folder: MakeFolder) -> None:
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match=r'train/a/0\.jpg cannot be read'):
         build_datasets('FOLDER', str(root)).train[0]
-
-
-@pytest.fixture
-def web_folder(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the URL on this machine that serves it."""
-    folder = tmp_path / 'web'
-    folder.mkdir()
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f'http://127.0.0.1:{server.server_address[1]}'
-        server.shutdown()
 
 
 def fake_cifar10(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

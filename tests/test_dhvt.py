@@ -184,6 +184,9 @@ def test_rows_and_columns_of_the_grid_are_not_exchanged() -> None:
         ({'patch_size': 0}, 'power of two'),
         ({'patch_size': 16, 'embed_dim': 20, 'num_heads': 2}, 'needs embed_dim 20 halved 3 times'),
         ({'global_pool': 'max'}, 'global_pool'),
+        ({'num_heads': 0}, '0 heads'),
+        ({'embed_dim': 0}, 'embed_dim 0'),
+        ({'depth': 0}, 'depth must be at least 1'),
     ],
 )
 def test_impossible_shapes_are_refused(kwargs: dict[str, Any], message: str) -> None:

@@ -254,6 +254,17 @@ def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
         (['--drop-path', '1.5'], 'at most 1'),
         (['--batch-size', '5'], 'is odd: mixup'),
         (['--cutmix-minmax', '0.8', '0.2'], 'smaller one first'),
+        (['--cutmix-minmax', '0.5', '0.5'], 'a pixel apart'),
+        (['--seed', '99999999999'], 'at most'),
+        (['--start_epoch', '4', '--epochs', '4'], 'leaves nothing'),
+        (
+            ['--batch-size', '1', '--input-size', '4', '--mixup', '0', '--cutmix', '0', '--aa', 'none'],
+            'BatchNorm needs',
+        ),
+        (['--model-kwargs', 'num_heads=0'], '0 heads'),
+        (['--model-kwargs', 'global_pool='], 'a row of 10 logits is needed'),
+        (['--model-kwargs', 'features_only=True'], 'logits is needed'),
+        (['--model', 'vgg11'], '--drop-path 0 leaves it out'),
         (['--lr-noise', '0.1', '0.2', '0.3'], 'two'),
         (['--eval'], '--eval needs the weights'),
         (['--eval', '--finetune', 'x', '--only_test_speed'], 'exclude each other'),
@@ -302,7 +313,7 @@ def test_truncated_image(flags: list[str], folder: Path, workers: str, capsys: p
 
 def test_wrong_class_count(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, error = fails([*flags, '--nb-classes', '2'], capsys)
-    assert code == 1 and '3 classes, more than the 2' in error
+    assert code == 1 and '3 classes, more than --nb-classes 2 leaves room for' in error
     main([*flags, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
     capsys.readouterr()
     path = str(tmp_path / 'out' / 'checkpoint.pth')
@@ -336,6 +347,84 @@ def test_a_run_is_not_overwritten(flags: list[str], tmp_path: Path, capsys: pyte
     assert before == {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir() if path.is_file()}
 
 
+def test_another_run_is_not_overwritten_by_a_resumed_one(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ('a', 'b'):
+        main([*flags, '--epochs', '1', '--output_dir', str(tmp_path / name)])
+    capsys.readouterr()
+    resume = ['--resume', str(tmp_path / 'a' / 'checkpoint.pth'), '--epochs', '2']
+    code, error = fails([*flags, *resume, '--output_dir', str(tmp_path / 'b')], capsys)
+    assert code == 2 and 'holds a run already' in error
+    assert main([*flags, *resume, '--output_dir', str(tmp_path / 'c')])['epoch'] == 1
+
+
+def test_output_that_is_a_file(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'out').touch()
+    code, error = fails([*flags, '--output_dir', str(tmp_path / 'out')], capsys)
+    assert code == 1 and error == f'main.py: error: {tmp_path / "out"}: File exists\n'
+
+
+def test_resume_with_other_flags(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*flags, '--epochs', '2', '--output_dir', str(tmp_path / 'out')])
+    path = tmp_path / 'out' / 'checkpoint.pth'
+    capsys.readouterr()
+    code, error = fails([*flags, '--resume', str(path), '--opt', 'sgd'], capsys)
+    assert code == 1 and 'is of a run with --opt adamw, not sgd' in error
+    main([*flags, '--resume', str(path), '--epochs', '3', '--lr', '0.2'])
+    printed = capsys.readouterr().out
+    assert 'Note: --lr was 0.1 and stays so' in printed and 'Note: --epochs was 2 and stays so' in printed
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'optimizer': None}, {'optimizer': {'state': 3}}, {'lr_scheduler': 3}, {'epoch': 'x'}, {'max_accuracy': None}],
+)
+def test_damaged_state_of_a_run(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    main([*flags, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
+    ckpt.save(tmp_path / 'bad.pth', {**load(tmp_path / 'out' / 'checkpoint.pth'), **change})
+    capsys.readouterr()
+    code, error = fails([*flags, '--resume', str(tmp_path / 'bad.pth')], capsys)
+    assert code == 1 and str(tmp_path / 'bad.pth') in error
+
+
+def test_evaluation_finds_relative_data_from_elsewhere(
+    flags: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    main([*flags, '--data-path', folder.name, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    assert 'test_acc1' in main(['--eval', '--resume', str(tmp_path / 'out' / 'checkpoint.pth'), '--device', 'cpu'])
+
+
+def test_plateau_without_warmup_keeps_its_rate(flags: list[str], tmp_path: Path) -> None:
+    main([*flags, '--sched', 'plateau', '--epochs', '3', '--output_dir', str(tmp_path / 'out')])
+    assert [line['train_lr'] for line in log_lines(tmp_path / 'out')] == pytest.approx([0.1 * 8 / 512] * 3)
+
+
+def test_evaluating_with_a_new_head_is_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*flags, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
+    capsys.readouterr()
+    argv = [*flags, '--eval', '--finetune', str(tmp_path / 'out' / 'checkpoint.pth'), '--nb-classes', '9']
+    code, error = fails(argv, capsys)
+    assert code == 1 and 'does not fit the model' in error
+
+
+def test_a_run_that_ends_in_nan_keeps_its_checkpoint(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last update of an epoch comes after its last training loss."""
+    argv = [*flags, '--batch-size', '24', '--output_dir', str(tmp_path / 'out')]
+    code, error = fails([*argv, '--epochs', '3', '--lr', '1e35'], capsys)
+    assert code == 1 and 'the test loss is nan after epoch 0' in error
+    assert not (tmp_path / 'out' / 'checkpoint.pth').exists() and not (tmp_path / 'out' / 'log.txt').exists()
+
+
 def test_too_large_a_batch(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, error = fails([*flags, '--batch-size', '26'], capsys)
     assert code == 1 and '24 training images for each process do not fill one batch' in error
@@ -350,9 +439,9 @@ def test_diverging_run_keeps_its_checkpoint(
     resume = [*flags, '--epochs', '3', '--resume', str(path), '--output_dir', str(tmp_path / 'out')]
     state = load(path)
     state['model']['head.bias'][0] = float('nan')
-    ckpt.save(tmp_path / 'nan.pth', state)
+    ckpt.save(tmp_path / 'out' / 'nan.pth', state)
     capsys.readouterr()
-    code, error = fails([*resume, '--resume', str(tmp_path / 'nan.pth')], capsys)
+    code, error = fails([*resume, '--resume', str(tmp_path / 'out' / 'nan.pth')], capsys)
     assert code == 1 and 'the loss is nan at epoch 1, step 0 of 3, with learning rate' in error
     assert path.read_bytes() == before
 

@@ -105,13 +105,15 @@ def test_the_total_batch_does_not_depend_on_the_processes() -> None:
             assert f'--standalone --nproc_per_node {nproc}' in launcher
         else:
             assert 'torch.distributed' not in launcher
+    assert "not '08'" in script('run_code.sh', 'cifar100', expect=2, NPROC='08')
+    assert 'cannot be run' in script('run_code.sh', expect=2, PYTHON='/nowhere/python')
     assert 'cannot be shared out' in script('run_code.sh', 'cifar100', expect=2, NPROC='3')
     assert 'MASTER_ADDR' in script('run_code.sh', 'cifar100', expect=2, NNODES='2', MASTER_ADDR='')
 
 
 def test_data_and_output_come_from_the_environment(tmp_path: Path) -> None:
     _, flags = flags_of(script('run_code.sh', 'sketch', cwd=tmp_path, DATA='my/data', OUTPUT='my/out'))
-    assert (flags['data_path'], flags['output_dir']) == ('my/data', 'my/out')
+    assert (flags['data_path'], flags['output_dir']) == (str(Path.cwd() / 'my/data'), 'my/out')
     assert "unknown recipe 'mnist'" in script('run_code.sh', 'mnist', expect=2)
 
 

@@ -57,17 +57,21 @@ def test_slurm_rendezvous(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv('PATH', f'{tmp_path}:/usr/bin:/bin')
     env = {'SLURM_JOB_NODELIST': 'n[01-02]', 'SLURM_JOB_ID': '123456'}
     assert _slurm_rendezvous(env) == {'MASTER_ADDR': 'n01', 'MASTER_PORT': str(20000 + 123456 % 20000)}
+    assert _slurm_rendezvous({'MASTER_ADDR': 'a', 'SLURM_JOB_ID': 'abc'}) == {'MASTER_PORT': '20000'}
     assert _slurm_rendezvous({'MASTER_ADDR': 'a', 'MASTER_PORT': '1'}) == {}
     with pytest.raises(InputError, match='set MASTER_ADDR'):
         _slurm_rendezvous({'SLURM_JOB_NODELIST': 'other'})
 
 
 def test_devices() -> None:
-    assert find_device('cpu', local_rank=0) == torch.device('cpu')
-    with pytest.raises(UsageError, match='no such kind'):
-        find_device('tpu9', local_rank=0)
+    assert find_device('cpu', process=Process()) == torch.device('cpu')
+    for name in ('tpu9', 'meta', 'xpu'):
+        with pytest.raises(UsageError, match='no such kind'):
+            find_device(name, process=Process())
     with pytest.raises(UsageError, match='needs GPU 99'):
-        find_device('cuda:99', local_rank=0)
+        find_device('cuda:99', process=Process())
+    with pytest.raises(UsageError, match='one GPU for each'):
+        find_device('cuda:1', process=Process(1, 2, 1, 2, 'torchrun'))
 
 
 def test_amp_types(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,11 +45,20 @@ def unmet(requirements: list[str]) -> list[str]:
     return problems
 
 
+def import_error() -> list[str]:
+    """Why torchvision, which must have been built for the installed torch, cannot be imported; empty if it can."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception as err:  # a wrong build raises RuntimeError, OSError or others
+        return [f'torchvision cannot be imported: {err}'.splitlines()[0]]
+    return []
+
+
 def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  this file runs before anything has checked it
         raise SystemExit(f'Python 3.10 or later is needed, this is {sys.version.split()[0]}')
     pyproject = (Path(__file__).resolve().parent.parent / 'pyproject.toml').read_text(encoding='utf-8')
-    problems = unmet(required(pyproject, sys.argv[1:]))
+    problems = unmet(required(pyproject, sys.argv[1:])) or import_error()
     if problems:
         raise SystemExit('\n'.join(problems))
 

@@ -6,6 +6,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # groups): $PYTHON, else the active environment's, else .venv's, which is made from requirements.txt if need be.
 find_python() {
     local candidate base=''
+    if [ -n "$PYTHON" ] && ! "$PYTHON" -c '' 2> /dev/null; then
+        echo "error: PYTHON=$PYTHON cannot be run" >&2
+        exit 2
+    fi
     for candidate in "$PYTHON" python python3 "$root/.venv/bin/python"; do
         if [ -n "$candidate" ] && command -v "$candidate" > /dev/null \
             && "$candidate" "$root/tools/check_env.py" "$@" > /dev/null 2>&1; then
@@ -23,8 +27,12 @@ find_python() {
         echo 'error: no Python 3.10 or later found; install one, or set PYTHON to its path' >&2
         exit 1
     fi
-    echo "The active Python lacks packages (tools/check_env.py lists them):"
-    echo "installing requirements.txt into .venv, once; about 5 GB for the CUDA build of torch."
+    if [ -n "$DRY_RUN" ]; then
+        python=$base
+        return
+    fi
+    echo "$base lacks packages: $("$base" "$root/tools/check_env.py" "$@" 2>&1 | head -n 3 | tr '\n' ';')"
+    echo "Installing requirements.txt into $root/.venv, once; about 5 GB for the CUDA build of torch."
     if ! { [ -x "$root/.venv/bin/python" ] && "$root/.venv/bin/python" -m pip --version > /dev/null 2>&1; }; then
         "$base" -m venv --clear "$root/.venv" || { echo "error: $base -m venv failed; is its venv module installed?" >&2; exit 1; }
     fi
@@ -58,17 +66,23 @@ data_flags() {
 launch() {
     local name=$1 model=$2 total=$3
     shift 3
-    local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} command gpus
+    local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} command gpus number
     if [ -z "$nproc" ]; then
-        gpus=$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')
+        gpus=$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))' 2> /dev/null || echo 1)
         nproc=$gpus
         while [ "$nproc" -gt 1 ] && [ $((total % (nproc * nnodes * accum))) -ne 0 ]; do
             nproc=$((nproc - 1))
         done
         [ "$nproc" -eq "$gpus" ] || echo "Using $nproc of $gpus GPUs, so that they share a total batch of $total evenly."
     fi
+    for number in "$nproc" "$nnodes" "$accum"; do
+        if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
+            echo "error: NPROC, NNODES and ACCUM are whole numbers from 1 on, not '$number'" >&2
+            exit 2
+        fi
+    done
     local parts=$((nproc * nnodes * accum))
-    if [ "$parts" -lt 1 ] || [ $((total % parts)) -ne 0 ]; then
+    if [ $((total % parts)) -ne 0 ]; then
         echo "error: a total batch of $total cannot be shared out: NPROC ($nproc) x NNODES ($nnodes) x ACCUM ($accum)" \
             'must divide it' >&2
         exit 2
