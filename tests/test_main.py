@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import checkpoint as ckpt
 from main import get_args_parser, main, parse_args
@@ -444,6 +446,23 @@ def test_diverging_run_keeps_its_checkpoint(
     code, error = fails([*resume, '--resume', str(tmp_path / 'out' / 'nan.pth')], capsys)
     assert code == 1 and 'the loss is nan at epoch 1, step 0 of 3, with learning rate' in error
     assert path.read_bytes() == before
+
+
+def test_only_the_stem_is_synchronised() -> None:
+    from main import synchronize_stem
+
+    model = timm.create_model('dhvt_tiny_cifar_patch4', embed_dim=32, depth=1, num_heads=2)
+    keys = list(model.state_dict())
+    synchronize_stem(model, torch.device('cpu'))
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    synchronize_stem(model, torch.device('cuda'))
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    assert {name for name, kind in kinds.items() if kind is torch.nn.SyncBatchNorm} == {
+        'patch_embed.proj.0.1',
+        'patch_embed.proj.2.1',
+    }
+    assert {kind for name, kind in kinds.items() if name.startswith('blocks')} == {torch.nn.BatchNorm2d}
+    assert list(model.state_dict()) == keys
 
 
 def test_arguments_are_not_changed(flags: list[str]) -> None:

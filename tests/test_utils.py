@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import utils
 from utils import (
     InputError,
     Process,
@@ -61,6 +62,23 @@ def test_slurm_rendezvous(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert _slurm_rendezvous({'MASTER_ADDR': 'a', 'MASTER_PORT': '1'}) == {}
     with pytest.raises(InputError, match='set MASTER_ADDR'):
         _slurm_rendezvous({'SLURM_JOB_NODELIST': 'other'})
+
+
+@pytest.mark.parametrize(
+    ('process', 'expected'),
+    [
+        (Process(0, 4, 0, 2, 'torchrun'), ['work', 'wait', 'wait']),
+        (Process(2, 4, 0, 2, 'torchrun'), ['wait', 'work', 'wait']),
+        (Process(1, 4, 1, 2, 'torchrun'), ['wait', 'wait', 'work']),
+    ],
+)
+def test_downloads_are_done_in_turn(process: Process, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the main process, then one on each other machine, then the rest, who find the files."""
+    events: list[str] = []
+    monkeypatch.setattr(utils, 'barrier', lambda: events.append('wait'))
+    with utils.in_turn(process):
+        events.append('work')
+    assert events == expected
 
 
 def test_devices() -> None:
