@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import json
 import math
 import os
 import sys
@@ -18,8 +17,6 @@ from typing import Any, NoReturn
 import timm
 import torch
 import torch.distributed as dist
-import yaml
-from tensorboardX import SummaryWriter
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -33,6 +30,7 @@ import models  # noqa: F401  registers DHVT with timm
 from datasets import DATA_SETS, EraseSecondHalf, Splits, build_datasets, build_transform, find_name
 from engine import NonFiniteLossError, evaluate, train_one_epoch
 from losses import create_criterion
+from output import OutputFolder
 from samplers import EvalSampler, RASampler
 from speed import count_macs, images_per_second
 from utils import (
@@ -47,7 +45,6 @@ from utils import (
     get_rank,
     in_turn,
     init_distributed,
-    is_main_process,
     log,
     num_usable_cores,
     one_line,
@@ -419,7 +416,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
 
 def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
     """Prints parameters, multiply-adds and images per second of evaluation, measured on the main process."""
-    if not is_main_process():
+    if get_rank() != 0:
         return
     size = (3, args.input_size, args.input_size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -480,37 +477,6 @@ def synchronize_stem(model: nn.Module, device: torch.device) -> None:
     """
     if device.type == 'cuda' and isinstance(getattr(model, 'patch_embed', None), nn.Module):
         model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
-
-
-class OutputFolder:
-    """The files of a run, written by the main process; an empty path writes none.
-
-    Args:
-        path: the folder, made if absent.
-        settings: what goes into args.yaml.
-    """
-
-    def __init__(self, path: str, settings: dict[str, Any]) -> None:
-        self.path = Path(path) if path and is_main_process() else None
-        if self.path is not None:
-            self.path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(settings, sort_keys=False)
-            ckpt.write_file(self.path / 'args.yaml', lambda file: file.write(text.encode()))
-            self.writer = SummaryWriter(str(self.path / 'runs'))
-
-    def save(self, state: dict[str, Any], *, best: bool) -> None:
-        if self.path is not None:
-            ckpt.save(self.path / 'checkpoint.pth', state)
-            if best:
-                ckpt.save(self.path / 'best_checkpoint.pth', state)
-
-    def write_log(self, line: dict[str, Any]) -> None:
-        if self.path is not None:
-            with open(self.path / 'log.txt', 'a') as file:
-                file.write(json.dumps(line, allow_nan=False) + '\n')
-            for name, value in line.items():
-                self.writer.add_scalar(name, value, line['epoch'])
-            self.writer.flush()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -671,6 +637,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         log(f'Nothing is left to train: the checkpoint has all {last_epoch} epochs')
         report_accuracy(test(model, 'Test'))
     log(f'Training time {format_seconds(time.perf_counter() - started)}, best accuracy {max(best, 0):.2f}%')
+    output.close()
     return line
 
 
