@@ -93,7 +93,7 @@ def test_training_writes_its_files(flags: list[str], tmp_path: Path, capsys: pyt
     assert {'train_lr', 'train_loss', 'test_loss', 'test_acc1', 'test_acc5', 'ema_test_acc1', 'n_parameters'} <= set(
         line
     )
-    assert lines[-1]['train_loss'] < lines[0]['train_loss'] and line['max_accuracy'] > 60
+    assert lines[-1]['train_loss'] < lines[0]['train_loss'] and line['max_accuracy'] > 40  # chance is 33
     state = load(out / 'checkpoint.pth')
     assert set(state) >= {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'max_accuracy', 'args'}
     assert type(state['args']) is dict and state['args']['epochs'] == 4 and state['epoch'] == 3
