@@ -37,6 +37,7 @@ from utils import (
     InputError,
     Process,
     UsageError,
+    amp_name,
     default_device,
     find_amp_dtype,
     find_device,
@@ -45,17 +46,19 @@ from utils import (
     get_rank,
     in_turn,
     init_distributed,
+    is_main_process,
     log,
     num_usable_cores,
     one_line,
     share_batchnorm_statistics,
 )
 
-# With --eval, flags that are not given are taken from the run that wrote the checkpoint.
+# A resumed run keeps these from its checkpoint and says so where they differ.
 SCHEDULE_FLAGS = (
     *('epochs', 'sched', 'lr', 'min_lr', 'warmup_lr', 'warmup_epochs', 'decay_epochs', 'decay_rate', 'batch_size'),
     *('accum_steps', 'weight_decay', 'lr_noise', 'patience_epochs'),
 )  # fmt: skip
+# With --eval, flags that are not given are taken from the run that wrote the checkpoint.
 RECALLED_FLAGS = ('model', 'model_kwargs', 'data_set', 'data_path', 'input_size', 'nb_classes', 'batch_size', 'amp')
 
 
@@ -224,6 +227,11 @@ def _as_flags(stored: dict[str, Any]) -> list[str]:
     return flags
 
 
+def _mixes(args: argparse.Namespace) -> bool:
+    """Whether training mixes images, by mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses and checks the flags.
 
@@ -237,9 +245,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         recalled = _as_flags(ckpt.stored_args(ckpt.load(args.resume)))
         args = parser.parse_args([*recalled, *(sys.argv[1:] if argv is None else argv)])
 
-    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     trains = not args.eval and not args.only_test_speed
-    if mixed and args.batch_size % 2 and trains:
+    if _mixes(args) and args.batch_size % 2 and trains:
         raise UsageError(f'--batch-size {args.batch_size} is odd: mixup and cutmix need an even one, or both at 0')
     if args.cutmix_minmax and not int(args.input_size * args.cutmix_minmax[0]) < int(
         args.input_size * args.cutmix_minmax[1]
@@ -416,14 +423,13 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
 
 def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
     """Prints parameters, multiply-adds and images per second of evaluation, measured on the main process."""
-    if get_rank() != 0:
+    if not is_main_process():
         return
     size = (3, args.input_size, args.input_size)
     parameters = sum(p.numel() for p in model.parameters())
     log(f'{args.model}: {parameters:,} parameters, {count_macs(model, size) / 1e9:.3f} G multiply-adds an image')
     rate = images_per_second(model, size, batch_size=args.batch_size, amp_dtype=amp)
-    kind = 'float32' if amp is None else str(amp).removeprefix('torch.')
-    log(f'{rate:.1f} images/s in evaluation, batch {args.batch_size}, {args.input_size} px, {kind}, {device}')
+    log(f'{rate:.1f} images/s in evaluation, batch {args.batch_size}, {args.input_size} px, {amp_name(amp)}, {device}')
 
 
 def report_accuracy(stats: dict[str, float]) -> None:
@@ -525,7 +531,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # Learning rates are given for a total batch of 512.
     total_batch = args.batch_size * args.accum_steps * process.world_size
     lr = args.lr * total_batch / 512
-    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mixed = _mixes(args)
     mixup_fn = Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
@@ -565,7 +571,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         'total_batch': total_batch,
         'nb_classes': splits.num_classes,
         'device': str(device),
-        'amp_dtype': 'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.'),
+        'amp_dtype': amp_name(amp_dtype),
         'world_size': process.world_size,
         'train_mode': train_mode,
         'n_parameters': num_parameters,

@@ -317,6 +317,11 @@ def find_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
 
 
+def amp_name(amp_dtype: torch.dtype | None) -> str:
+    """'float32', 'bfloat16' or 'float16', for people."""
+    return 'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.')
+
+
 def num_usable_cores() -> int:
     """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
