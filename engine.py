@@ -127,7 +127,7 @@ def evaluate(
     """Evaluates a model, not inside DistributedDataParallel, which would communicate at each batch.
 
     Args:
-        loader: batches of images (B, C, H, W) and class indices (B,).
+        loader: batches of images (B, C, H, W) and class indices (B,), -1 for images that are left out.
         amp_dtype: autocast's type, None for float32.
         sharded: each process's loader holds its own share of the images; the counts are then summed.
 
@@ -141,17 +141,17 @@ def evaluate(
     right = torch.zeros(2, dtype=torch.int64, device=device)  # at once, among five
     images_seen = 0
     for images, targets in progress:
+        images_seen += int((targets >= 0).sum())  # in host memory still: no wait
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
         logits = logits.float()
-        loss_sum += F.cross_entropy(logits, targets, reduction='sum')
+        loss_sum += F.cross_entropy(logits, targets, reduction='sum', ignore_index=-1)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
-        images_seen += len(images)
         if progress.due():
-            progress.show({'loss': f'{loss_sum.item() / images_seen:.4f}'}, images=images_seen)
+            progress.show({'loss': f'{loss_sum.item() / max(images_seen, 1):.4f}'}, images=images_seen)
     total = torch.tensor(images_seen, device=device)
     if sharded:
         for value in (loss_sum, right, total):

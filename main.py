@@ -9,10 +9,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import timm
 import torch
@@ -27,8 +27,21 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import checkpoint as ckpt
 import models  # noqa: F401  registers DHVT with timm
-from datasets import DATA_SETS, EraseSecondHalf, Splits, build_datasets, build_transform, find_name
+from datasets import DATA_SETS, EraseSecondHalf, Splits, build_datasets, build_transform
 from engine import NonFiniteLossError, evaluate, train_one_epoch
+from flags import (
+    AMOUNT,
+    COUNT,
+    FROM_ONE,
+    PART,
+    POSITIVE,
+    PROBABILITY,
+    SEED,
+    FlagParser,
+    add_data_flags,
+    one_line_errors,
+    usable_workers,
+)
 from losses import create_criterion
 from output import OutputFolder
 from samplers import EvalSampler, RASampler
@@ -43,12 +56,10 @@ from utils import (
     find_device,
     find_process,
     format_seconds,
-    get_rank,
     in_turn,
     init_distributed,
     is_main_process,
     log,
-    num_usable_cores,
     one_line,
     share_batchnorm_statistics,
 )
@@ -59,50 +70,10 @@ SCHEDULE_FLAGS = (
     *('accum_steps', 'weight_decay', 'lr_noise', 'patience_epochs'),
 )  # fmt: skip
 # With --eval, flags that are not given are taken from the run that wrote the checkpoint.
-RECALLED_FLAGS = ('model', 'model_kwargs', 'data_set', 'data_path', 'input_size', 'nb_classes', 'batch_size', 'amp')
-
-
-class FlagParser(argparse.ArgumentParser):
-    """Takes each long flag with hyphens and with underscores, and answers a wrong one in one line."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        spellings = {name.replace('_', '-'): name for name in self._option_string_actions}
-        normal = []
-        for arg in sys.argv[1:] if args is None else args:
-            flag, equals, value = arg.partition('=')
-            normal.append(spellings.get(flag.replace('_', '-'), flag) + equals + value if arg[:2] == '--' else arg)
-        return super().parse_known_args(normal, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(UsageError.exit_code, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
-
-
-def _number(kind: type, *, low: float, high: float = float('inf'), low_open: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number within limits."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not (low < value if low_open else low <= value) or not value <= high or value == float('inf'):
-            limits = f'above {low:g}' if low_open else f'at least {low:g}'
-            raise argparse.ArgumentTypeError(
-                f'{text} must be {limits}' + (f', at most {high}' if high < float('inf') else '')
-            )
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-COUNT, FROM_ONE = _number(int, low=0), _number(int, low=1)
-AMOUNT, POSITIVE = _number(float, low=0.0), _number(float, low=0.0, low_open=True)
-PROBABILITY = _number(float, low=0.0, high=1.0)
-
-
-def _data_set(text: str) -> str:
-    try:
-        return find_name(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(str(err)) from None
+RECALLED_FLAGS = (
+    *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp'),
+    *('data_set', 'data_path', 'data_layout', 'inat_category', 'use_lmdb'),
+)
 
 
 def _key_value(text: str) -> tuple[str, Any]:
@@ -117,12 +88,7 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 def get_args_parser() -> FlagParser:
     """The flags. Names, meanings and defaults are the published code's; DIFFERENCES.md lists the exceptions."""
-    parser = FlagParser(
-        'main.py',
-        description='Train, fine-tune and evaluate DHVT.',
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = FlagParser('main.py', description='Train, fine-tune and evaluate DHVT.')
     switch = argparse.BooleanOptionalAction
     parser.add_argument('--batch-size', default=64, type=FROM_ONE, help='images for each process and step')
     parser.add_argument('--epochs', default=300, type=FROM_ONE, help='length of training and of the schedule')
@@ -189,8 +155,15 @@ def get_args_parser() -> FlagParser:
     group.add_argument(
         '--data-path', default='data', type=os.path.abspath, help='folder of train/ and val/, or where CIFAR is put'
     )
-    group.add_argument('--data-set', default='IMNET', type=_data_set, help=', '.join(DATA_SETS))
-    group.add_argument('--num_workers', type=COUNT, help='loader processes; 10, or fewer where there are fewer cores')
+    add_data_flags(group, default='IMNET')
+    group.add_argument('--use-lmdb', action=switch, default=False, help="read --data-path's train.lmdb and val.lmdb, "
+                       'which folder2lmdb.py writes')  # fmt: skip
+    group.add_argument('--verify-records', action='store_true', help='compare each LMDB record with its checksum')
+    group.add_argument('--on-bad-image', default='stop', choices=('stop', 'skip'), help='an image that cannot be '
+                       'decoded: stop, or train with the next good one and leave it out of evaluation')  # fmt: skip
+    group.add_argument('--train-fraction', default=1.0, type=PART, help='use this part of the training images, the '
+                       'same share of each class; a smaller part lies inside a larger one')  # fmt: skip
+    group.add_argument('--train-fraction-seed', default=0, type=SEED, help='chooses another part')
     group.add_argument('--pin-mem', action=switch, default=True, help='pin batches in host memory for GPUs')
 
     group = parser.add_argument_group('run')
@@ -203,7 +176,7 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--dist-eval', action='store_true', help='share evaluation out over the processes')
     group.add_argument('--test_speed', action='store_true', help='print images per second and multiply-adds first')
     group.add_argument('--only_test_speed', action='store_true', help='print them and leave')
-    group.add_argument('--seed', default=0, type=_number(int, low=0, high=2**31 - 1), help='of every random draw')
+    group.add_argument('--seed', default=0, type=SEED, help='of every random draw')
     group.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
     group.add_argument('--amp', default='auto', choices=('auto', 'off', 'fp16', 'bf16'),
                        help='mixed precision: auto is bf16 where the hardware has it, else fp16 on GPUs')  # fmt: skip
@@ -222,8 +195,10 @@ def _as_flags(stored: dict[str, Any]) -> list[str]:
         value = stored.get(name)
         if isinstance(value, (list, tuple)):
             flags += [f'--{name}', *(f'{key}={setting!r}' for key, setting in value)]
+        elif isinstance(value, bool):
+            flags.append(f'--{name}' if value else f'--no-{name}')
         elif value is not None:
-            flags += [f'--{name}={value}']
+            flags.append(f'--{name}={value}')
     return flags
 
 
@@ -334,7 +309,7 @@ def load_splits(args: argparse.Namespace, process: Process) -> Splits:
         're_mode': args.remode,
         're_count': args.recount,
     }
-    downloads = DATA_SETS[args.data_set].kind == 'cifar'
+    downloads = DATA_SETS[args.data_set].kind == 'cifar' and not args.use_lmdb
     with in_turn(process) if downloads else nullcontext():
         return build_datasets(
             args.data_set,
@@ -343,6 +318,13 @@ def load_splits(args: argparse.Namespace, process: Process) -> Splits:
             train_transform=build_transform(train=True, input_size=args.input_size, **augmentation),
             val_transform=build_transform(train=False, input_size=args.input_size),
             num_classes=args.nb_classes,
+            data_layout=args.data_layout,
+            inat_category=args.inat_category,
+            use_lmdb=args.use_lmdb,
+            verify_records=args.verify_records,
+            skip_bad_images=args.on_bad_image == 'skip',
+            train_fraction=args.train_fraction,
+            train_fraction_seed=args.train_fraction_seed,
         )
 
 
@@ -354,8 +336,7 @@ def build_loaders(
     Raises:
         InputError: if the training images do not fill one batch.
     """
-    cores = max(num_usable_cores() // process.local_world_size, 1)
-    workers = min(10, cores) if args.num_workers is None else args.num_workers
+    workers = usable_workers(args.num_workers, processes=process.local_world_size)
     common: dict[str, Any] = {'num_workers': workers, 'pin_memory': args.pin_mem and device.type == 'cuda'}
     replicas, rank = process.world_size, process.rank
     shard = EvalSampler(splits.val, num_replicas=replicas, rank=rank) if args.dist_eval else EvalSampler(splits.val)
@@ -520,10 +501,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def test(module: nn.Module, header: str) -> dict[str, float]:
         share_batchnorm_statistics(module)
-        return evaluate(model=module, loader=val_loader, device=device, amp_dtype=amp_dtype,
-                        sharded=args.dist_eval, header=header)  # fmt: skip
+        stats = evaluate(model=module, loader=val_loader, device=device, amp_dtype=amp_dtype,
+                         sharded=args.dist_eval, header=header)  # fmt: skip
+        splits.val.log_bad_images()
+        return stats
 
-    if train_loader is None:
+    train_split = splits.train
+    if train_loader is None or train_split is None:
         stats = test(model, 'Test')
         report_accuracy(stats)
         return {f'test_{name}': value for name, value in stats.items()}
@@ -578,7 +562,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     output = OutputFolder(args.output_dir, {**vars(args), 'derived': derived})
     log(
-        f'{args.model}, {num_parameters:,} parameters, on {args.data_set}: {len(splits.train)} training and '
+        f'{args.model}, {num_parameters:,} parameters, on {args.data_set}: {len(train_split)} training and '
         f'{len(splits.val)} test images, {splits.num_classes} classes'
     )
     log(
@@ -606,6 +590,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             mixup_fn=mixup_fn,
             train_mode=train_mode,
         )
+        train_split.log_bad_images()
         test_stats = test(model, 'Test')
         if not math.isfinite(test_stats['loss']):
             raise NonFiniteLossError(
@@ -656,34 +641,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
     """
-    try:
-        line = run(parse_args(argv))
-    except InputError as err:
-        _leave(one_line(err), err.exit_code)
-    except torch.OutOfMemoryError:
-        _leave('out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total', 1)
-    except OSError as err:
-        _leave(f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
-    except ValueError as err:
-        if 'more than 1 value per channel' not in str(err):
-            raise
-        _leave('BatchNorm needs more than one value for each channel: raise --batch-size', UsageError.exit_code)
-    except (dist.DistError, RuntimeError) as err:
-        # gloo and NCCL report a process that is gone from inside whatever collective the others were in.
-        if not isinstance(err, dist.DistError) and 'gloo' not in str(err):
-            raise
-        _leave(f'another process of the group has stopped: {one_line(err)}', 1)
-    except KeyboardInterrupt:
-        _leave('interrupted', 130)
+    with one_line_errors('main.py'):
+        try:
+            line = run(parse_args(argv))
+        except torch.OutOfMemoryError:
+            raise InputError(
+                'out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total'
+            ) from None
+        except ValueError as err:
+            if 'more than 1 value per channel' not in str(err):
+                raise
+            raise UsageError('BatchNorm needs more than one value for each channel: raise --batch-size') from None
+        except (dist.DistError, RuntimeError) as err:
+            # gloo and NCCL report a process that is gone from inside whatever collective the others were in.
+            if 'DataLoader worker' in str(err):
+                raise InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less') from None
+            if not isinstance(err, dist.DistError) and 'gloo' not in str(err):
+                raise
+            raise InputError(f'another process of the group has stopped: {one_line(err)}') from None
     if dist.is_initialized():  # not after an error: the other processes may never come to the same point
         dist.destroy_process_group()
     return line
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    rank = f' (process {get_rank()})' if get_rank() else ''
-    sys.stderr.write(f'main.py{rank}: error: {message}\n')
-    sys.exit(code)
 
 
 if __name__ == '__main__':

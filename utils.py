@@ -174,6 +174,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_reduce_max(values: Tensor) -> None:
+    """Replaces a tensor in host memory by the largest values over all processes."""
+    if is_distributed():
+        device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'  # NCCL reduces on GPUs only
+        reduced = values.to(device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        values.copy_(reduced)
+
+
 def share_batchnorm_statistics(model: nn.Module) -> None:
     """Gives every process the main one's running statistics, so that all evaluate the model that is saved."""
     if is_distributed():

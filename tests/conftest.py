@@ -48,6 +48,18 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def make_lists(root: Path, domain: str, lists: dict[str, list[tuple[str, int]]], *, size: int = 20) -> Path:
+    """Makes `<domain>_<split>.txt` in DomainNet's format from pairs of `<class>/<file>` and label, and the images."""
+    rng = np.random.default_rng(0)
+    for split, rows in lists.items():
+        for name, _ in rows:
+            path = root / domain / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+        (root / f'{domain}_{split}.txt').write_text(''.join(f'{domain}/{name} {label}\n' for name, label in rows))
+    return root
+
+
 @pytest.fixture
 def web_folder(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder and the URL on this machine that serves it."""

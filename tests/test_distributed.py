@@ -87,9 +87,9 @@ def test_evaluation_repeats_what_two_processes_logged(trained: Path) -> None:
 
 def write_digits(root: Path, images: int) -> None:
     """The first val images of the digits, and for 361 one of the training images, as a folder data set."""
-    from datasets import Digits
+    from datasets import load_digits
 
-    val, train = Digits(train=False), Digits(train=True)
+    val, train = load_digits(train=False), load_digits(train=True)
     for i in range(images):
         image, target = val[i] if i < len(val) else train[i - len(val)]
         folder = root / 'val' / str(target)

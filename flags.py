@@ -1,0 +1,113 @@
+"""What the command lines share: a parser, types of numbers, the flags of the data, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from datasets import DATA_SETS, find_name
+from layouts import INAT_CATEGORIES
+from utils import InputError, UsageError, get_rank, num_usable_cores, one_line
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Takes each long flag with hyphens and with underscores, and answers a wrong one in one line."""
+
+    def __init__(self, prog: str, *, description: str) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        spellings = {name.replace('_', '-'): name for name in self._option_string_actions}
+        normal = []
+        for arg in sys.argv[1:] if args is None else args:
+            flag, equals, value = arg.partition('=')
+            normal.append(spellings.get(flag.replace('_', '-'), flag) + equals + value if arg[:2] == '--' else arg)
+        return super().parse_known_args(normal, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
+
+
+def number(kind: type, *, low: float, high: float = float('inf'), low_open: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number within limits."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (low < value if low_open else low <= value) or not value <= high or value == float('inf'):
+            limits = f'above {low:g}' if low_open else f'at least {low:g}'
+            raise argparse.ArgumentTypeError(
+                f'{text} must be {limits}' + (f', at most {high:g}' if high < float('inf') else '')
+            )
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+COUNT, FROM_ONE = number(int, low=0), number(int, low=1)
+AMOUNT, POSITIVE = number(float, low=0.0), number(float, low=0.0, low_open=True)
+PROBABILITY, PART = number(float, low=0.0, high=1.0), number(float, low=0.0, high=1.0, low_open=True)
+SEED = number(int, low=0, high=2**31 - 1)
+
+
+def data_set(text: str) -> str:
+    """An argparse type: a name of the table of data sets, in its spelling."""
+    try:
+        return find_name(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from None
+
+
+def add_data_flags(parser: Any, *, default: str) -> None:
+    """The flags that say which data set is meant and how it lies on the disk."""
+    parser.add_argument('--data-set', default=default, type=data_set, help=', '.join(DATA_SETS))
+    parser.add_argument('--data-layout', default='auto', choices=('auto', 'lists', 'folder'), help="DomainNet's and "
+                        "FOLDER's images: by lists, in folders train/ and val/, or lists if there are any")  # fmt: skip
+    parser.add_argument('--inat-category', choices=INAT_CATEGORIES, help="level of iNaturalist's labels (name)")
+    parser.add_argument('--num_workers', type=COUNT, help='loader processes; 10, or fewer where there are fewer cores')
+
+
+def usable_workers(asked: int | None, *, processes: int = 1) -> int:
+    """The loader processes to start: as asked, else one a core, at most 10.
+
+    Args:
+        asked: the flag.
+        processes: how many share this machine's cores.
+    """
+    return min(10, max(num_usable_cores() // processes, 1)) if asked is None else asked
+
+
+def leave(program: str, message: str, code: int) -> NoReturn:
+    """Ends the program with a line on stderr."""
+    rank = f' (process {get_rank()})' if get_rank() else ''
+    sys.stderr.write(f'{program}{rank}: error: {message}\n')
+    sys.exit(code)
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Ends the program with a line, without a traceback, where its body fails on what the user gave.
+
+    Raises:
+        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except InputError as err:
+        leave(program, one_line(err), err.exit_code)
+    except BrokenPipeError:  # of `program | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as err:
+        leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
+    except KeyboardInterrupt:
+        leave(program, 'interrupted', 130)

@@ -1,0 +1,378 @@
+"""How data sets lie on the disk: folders of classes, DomainNet's lists, Tiny-ImageNet's and iNaturalist's files.
+
+Each `find_…` function gives the paths and labels of both splits, with one class map for both, without reading an image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from images import image_extensions
+from utils import InputError, count, shorten
+
+INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
+CLASSES_FILE = 'classes.txt'  # one name a line: the order of the labels, where it is not that of the alphabet
+
+
+class Split(NamedTuple):
+    """The images of a split: paths relative to a folder, with slashes, and their class indices."""
+
+    root: Path
+    paths: list[str]
+    targets: list[int]
+
+
+class Layout(NamedTuple):
+    """What lies on the disk. `train` is None where only evaluation was asked for; `notes` are for the user."""
+
+    train: Split | None
+    val: Split
+    classes: list[str]
+    notes: list[str]
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith('.'))
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return _shown(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def _images_below(folder: Path) -> list[str]:
+    """The images in a folder and those below it, relative to it, in torchvision's order; hidden ones are left out."""
+    found = []
+    extensions = image_extensions()
+    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
+        below = Path(parent).relative_to(folder)
+        if not any(part.startswith('.') for part in below.parts):
+            found += [(below / name).as_posix() for name in _shown(files) if Path(name).suffix.lower() in extensions]
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding='utf-8-sig').splitlines()
+    except OSError as err:
+        raise InputError(f'{path}: {err.strerror}') from None
+    except UnicodeDecodeError:
+        raise InputError(f'{path} is not a text file in UTF-8') from None
+
+
+# Folders
+
+
+def has_folders(root: Path, *, train: bool) -> bool:
+    """Whether a folder holds the splits as folders. DomainNet has a class named train, so that alone says nothing."""
+    has_val = (root / 'val').is_dir() or (root / 'test').is_dir()
+    return has_val and ((root / 'train').is_dir() or not train)
+
+
+def find_folders(root: Path, *, train: bool) -> Layout:
+    """Reads `train/<class>/…` and `val/<class>/…` or `test/<class>/…`, at any depth below the class.
+
+    Classes are numbered in the order of their names, or of `classes.txt` if there is one. Tiny-ImageNet's val/images
+    with val_annotations.txt is read as it is.
+
+    Raises:
+        InputError: if a folder is missing or empty.
+    """
+    if not root.is_dir():
+        raise InputError(f'{root}: no such folder; give the one that holds train/ and val/ with --data-path')
+    val_name = 'test' if (root / 'test').is_dir() and not (root / 'val').is_dir() else 'val'
+    needed = ('train', val_name) if train else (val_name,)
+    absent = [split for split in needed if not (root / split).is_dir()]
+    if absent:
+        raise InputError(f'{root} has no folder {" and no folder ".join(absent)}; it needs <split>/<class>/<image>')
+
+    present = [split for split in ('train', val_name) if (root / split).is_dir()]
+    annotated = {split: _read_annotations(root / split) for split in present}
+    names = {split: [name for _, name in rows] if rows else _class_folders(root / split)
+             for split, rows in annotated.items()}  # fmt: skip
+    classes = _number_classes(root, sorted({name for found in names.values() for name in found}))
+    class_to_idx = {name: index for index, name in enumerate(classes)}
+
+    splits, notes = {}, []
+    for split in needed:
+        rows = annotated[split] or [
+            (f'{name}/{path}', name) for name in names[split] for path in _images_below(root / split / name)
+        ]
+        if not rows:
+            raise InputError(f'{root / split} holds no images (file names must end in .jpg, .png, …)')
+        paths, labels = zip(*((f'{split}/{path}', class_to_idx[name]) for path, name in rows), strict=True)
+        splits[split] = Split(root, list(paths), list(labels))
+        notes += note_lacking(root / split, labels, classes)
+    return Layout(splits.get('train'), splits[val_name], classes, notes)
+
+
+def note_lacking(where: Path | str, targets: Iterable[int], classes: Sequence[str]) -> list[str]:
+    """A note on classes without images, if there are any."""
+    present = set(targets)
+    lacking = [name for index, name in enumerate(classes) if index not in present]
+    if not lacking:
+        return []
+    return [f'{where} has no images of {len(lacking)} of the {len(classes)} classes: {shorten(lacking)}']
+
+
+def _read_annotations(folder: Path) -> list[tuple[str, str]]:
+    """Paths and class names of Tiny-ImageNet's validation split, sorted; none if this is not one."""
+    path = folder / 'val_annotations.txt'
+    if not (path.is_file() and (folder / 'images').is_dir()):
+        return []
+    rows = []
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            name, _, rest = line.partition('\t')
+            label = rest.partition('\t')[0].strip()
+            if not label or '/' in name:
+                raise InputError(f'{path}, line {number}: {line!r} is not a file name, a tab and a class')
+            rows.append((f'images/{name}', label))
+    _require(folder, [path for path, _ in rows], source=path)
+    return sorted(rows)
+
+
+def _number_classes(root: Path, found: list[str]) -> list[str]:
+    """The class names in the order of their labels."""
+    if not found:
+        raise InputError(f'{root}: train/ and val/ hold no class folders; they need <split>/<class>/<image>')
+    path = root / CLASSES_FILE
+    if not path.is_file():
+        return found
+    classes = [line.strip() for line in _lines(path) if line.strip()]
+    unknown = sorted(set(found) - set(classes))
+    if unknown or len(set(classes)) < len(classes):
+        problem = f'lacks {count(unknown, "class folder")}' if unknown else 'names a class twice'
+        raise InputError(f'{path} {problem}: mend it, or remove it to number the classes in the order of their names')
+    return classes
+
+
+# Lists
+
+
+class Lists(NamedTuple):
+    """Where a domain's lists lie, and the folder that their paths start from."""
+
+    root: Path
+    train: Path
+    test: Path
+
+
+def find_lists(path: Path, domain: str | None) -> Lists | None:
+    """Looks for `<domain>_train.txt` and `<domain>_test.txt` at `path`, in its folder `<domain>`, or above if `path`
+    is that folder; without a domain, for the one that has lists.
+
+    Raises:
+        InputError: if several domains have lists there.
+    """
+    if domain is None:
+        names = sorted(file.name.removesuffix('_train.txt') for file in path.glob('*_train.txt'))
+        names = [name for name in names if (path / name).is_dir() or path.name == name]
+        if len(names) > 1:
+            raise InputError(f'{path} has lists of {shorten(names)}: choose one with --data-path {path / names[0]}')
+        domain = names[0] if names else path.name
+    root = path if (path / domain).is_dir() else path.parent if path.name == domain else None
+    if root is None:
+        return None
+    for folder in (root, root / domain):
+        lists = Lists(root, folder / f'{domain}_train.txt', folder / f'{domain}_test.txt')
+        if lists.train.is_file() or lists.test.is_file():
+            return lists
+    return None
+
+
+def read_list(path: Path) -> list[tuple[str, int]]:
+    """Reads a list's lines, `<domain>/<class>/<file> <label>`, one space between them.
+
+    Raises:
+        InputError: with the line's number, for a line of another form or a path that leaves its folder.
+    """
+    rows = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(' ')
+        parts = PurePosixPath(name).parts
+        if not (label.isdecimal() and len(label) < 7) or len(parts) < 2 or parts[0] == '/' or '..' in parts:
+            raise InputError(f'{path}, line {number}: {line!r} is not of the form domain/class/file label')
+        rows.append((name, int(label)))
+    if not rows:
+        raise InputError(f'{path} is empty')
+    return rows
+
+
+def read_lists(lists: Lists) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
+    """Reads both lists; one of them may be absent. The class names, in the order of the labels, come from both.
+
+    A label that neither names becomes `class <label>`.
+
+    Raises:
+        InputError: for a list that cannot be read, or lists that disagree about a class.
+    """
+    rows = {path.stem.rpartition('_')[2]: read_list(path) for path in (lists.train, lists.test) if path.is_file()}
+    names: dict[int, str] = {}
+    labels: dict[str, int] = {}
+    for split in rows.values():
+        for path, label in split:
+            name = PurePosixPath(path).parent.name
+            if names.setdefault(label, name) != name or labels.setdefault(name, label) != label:
+                raise InputError(
+                    f'{lists.train} and {lists.test.name} disagree: label {label} is {names[label]!r} and {name!r}'
+                    if names[label] != name
+                    else f'{lists.train} and {lists.test.name} disagree: {name!r} is {labels[name]} and {label}'
+                )
+    return rows, [names.get(label, f'class {label}') for label in range(max(names) + 1)]
+
+
+def find_listed(lists: Lists, *, train: bool) -> Layout:
+    """The images that the lists name, in their order, with their labels.
+
+    Raises:
+        InputError: if a list or an image is missing.
+    """
+    for path in (lists.train, lists.test) if train else (lists.test,):
+        if not path.is_file():
+            raise InputError(f'{path}: no such list; DomainNet has one for training and one for testing')
+    rows, classes = read_lists(lists)
+    splits, notes = {}, []
+    for name, source in (('train', lists.train), ('test', lists.test)):
+        if name == 'test' or train:
+            paths, targets = map(list, zip(*rows[name], strict=True))
+            _require(lists.root, paths, source=source)
+            splits[name] = Split(lists.root, paths, targets)
+            notes += note_lacking(source, targets, classes)
+    return Layout(splits.get('train'), splits['test'], classes, notes)
+
+
+class Listing:
+    """Which files are below a folder: each folder is read once, which a file system far away does fast."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._found: dict[str, set[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        folder, _, name = path.rpartition('/')
+        if folder not in self._found:
+            try:
+                self._found[folder] = {entry.name for entry in os.scandir(self.root / folder)}
+            except (FileNotFoundError, NotADirectoryError):
+                self._found[folder] = set()
+        return name in self._found[folder]
+
+
+def _require(root: Path, paths: Sequence[str], *, source: Path) -> None:
+    listing = Listing(root)
+    absent = [path for path in paths if path not in listing]
+    if absent:
+        raise InputError(f'{len(absent)} of the {len(paths)} images in {source} are not in {root}: {shorten(absent)}')
+
+
+# iNaturalist
+
+
+def find_inaturalist(root: Path, *, year: int, category: str, train: bool) -> Layout:
+    """Reads iNaturalist's train<year>.json, val<year>.json and categories.json.
+
+    A label is the order of first appearance of its category in the training annotations. The images may lie in
+    `train_val<year>/<super-category>/<id>/`, as they are unpacked, or without the super-category's folder, as DeiT's
+    loader wants them.
+
+    Args:
+        root: the folder of the JSON files and of train_val<year>/.
+        year: 2018 or 2019.
+        category: one of `INAT_CATEGORIES`.
+        train: whether the training split is needed; its annotations always are.
+
+    Raises:
+        InputError: if a file, a key or an image is missing.
+    """
+    names = _read_categories(root / 'categories.json', category)
+    files = {split: root / f'{split}{year}.json' for split in ('train', 'val')}
+    rows = {split: _read_inaturalist(path, names) for split, path in files.items()}
+    classes = list(dict.fromkeys(name for _, name in rows['train'][0]))
+    class_to_idx = {name: index for index, name in enumerate(classes)}
+    unknown = sorted({name for _, name in rows['val'][0]} - set(classes))
+    if unknown:
+        raise InputError(f'{files["val"]} has {category} {shorten(unknown)}, which {files["train"].name} has not')
+    listing = Listing(root)
+    splits, notes = {}, []
+    for split, (labelled, images) in rows.items():
+        if split == 'val' or train:
+            label = dict(labelled)
+            absent = [str(number) for number in images if number not in label]
+            if absent:
+                raise InputError(f'{files[split]} has no annotation of {count(absent, "image id")}')
+            paths = [_on_disk(path, listing) for path in images.values()]
+            _require(root, paths, source=files[split])
+            targets = [class_to_idx[label[number]] for number in images]
+            splits[split] = Split(root, paths, targets)
+            notes += note_lacking(files[split], targets, classes)
+    return Layout(splits.get('train'), splits['val'], classes, notes)
+
+
+def _on_disk(path: str, listing: Listing) -> str:
+    """`train_val2018/Plantae/7477/a.jpg`, or without its super-category if it lies so."""
+    parts = path.split('/')
+    if len(parts) == 4 and path not in listing:
+        shorter = '/'.join([parts[0], *parts[2:]])
+        if shorter in listing:
+            return shorter
+    return path
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as err:
+        raise InputError(f"{path}: {err.strerror}; it comes with iNaturalist's annotations") from None
+    except ValueError as err:
+        raise InputError(f'{path} is no JSON file: {err}') from None
+
+
+def _get(entry: Any, key: str, where: str) -> Any:
+    if not isinstance(entry, dict) or key not in entry:
+        raise InputError(f'{where} has no key {key!r}')
+    return entry[key]
+
+
+def _read_categories(path: Path, category: str) -> dict[int, str]:
+    """The value of a category level for each category id."""
+    if category not in INAT_CATEGORIES:
+        raise InputError(f'unknown category {category!r}; known are {", ".join(INAT_CATEGORIES)}')
+    entries = _read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f'{path} is not a list of categories')
+    names = {}
+    for index, entry in enumerate(entries):
+        if isinstance(entry, dict) and category not in entry:
+            known = [name for name in INAT_CATEGORIES if name in entry]
+            raise InputError(f'{path}, entry {index} has no key {category!r}; --inat-category may be {shorten(known)}')
+        names[int(entry.get('id', index)) if isinstance(entry, dict) else index] = str(
+            _get(entry, category, f'{path}, entry {index}')
+        )
+    return names
+
+
+def _read_inaturalist(path: Path, names: dict[int, str]) -> tuple[list[tuple[int, str]], dict[int, str]]:
+    """The image ids and category names of the annotations, and the images' paths by id, both in the file's order."""
+    content = _read_json(path)
+    annotations, images = [], {}
+    for index, entry in enumerate(_get(content, 'annotations', str(path))):
+        where = f'{path}, annotation {index}'
+        category = _get(entry, 'category_id', where)
+        if category not in names:
+            raise InputError(f'{where} has category_id {category}, which categories.json has not')
+        annotations.append((_get(entry, 'image_id', where), names[category]))
+    for index, entry in enumerate(_get(content, 'images', str(path))):
+        where = f'{path}, image {index}'
+        file_name = str(_get(entry, 'file_name', where))
+        if file_name.startswith('/') or '..' in file_name.split('/'):
+            raise InputError(f'{where}: {file_name!r} leaves its folder')
+        images[_get(entry, 'id', where)] = file_name
+    if not images:
+        raise InputError(f'{path} has no images')
+    return annotations, images

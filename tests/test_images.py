@@ -1,0 +1,218 @@
+"""images.py: every kind of image becomes RGB, the fast decoder gives Pillow's pixels, bad images are found."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets import build_datasets
+from images import BadImageError, PackedStrings, decode, image_extensions
+from main import main
+from tests.conftest import PLAIN, ROOT, SMALL_MODEL
+from utils import InputError
+
+MakeFolder = Callable[..., Path]
+RNG = np.random.default_rng(0)
+SMOOTH = np.kron(RNG.integers(0, 256, (7, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8)[:51, :67]
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('subsampling', ['4:4:4', '4:2:2', '4:2:0'])
+@pytest.mark.parametrize('progressive', [False, True])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK', 'YCbCr'])
+@pytest.mark.parametrize('quality', [30, 75, 100])
+def test_jpegs_have_the_pixels_of_pillow(subsampling: str, progressive: bool, mode: str, quality: int) -> None:
+    for pixels in (SMOOTH, RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)):
+        image = Image.fromarray(pixels).convert(mode)
+        options: dict[str, Any] = {} if mode in ('L', 'CMYK') else {'subsampling': subsampling}
+        data = encode(image, 'JPEG', quality=quality, progressive=progressive, **options)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
+        for given in (data, memoryview(data)):
+            decoded = decode(given)
+            assert decoded.mode == 'RGB'
+            np.testing.assert_array_equal(np.asarray(decoded), expected)
+
+
+def sixteen_bits(kind: str) -> bytes:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    return encode(Image.fromarray(ramp), kind)
+
+
+def paletted() -> Image.Image:
+    image = Image.fromarray(SMOOTH).quantize(16)
+    image.info['transparency'] = bytes(range(0, 256, 16))
+    return image
+
+
+IMAGES = {
+    'L.png': lambda: encode(Image.fromarray(SMOOTH).convert('L'), 'PNG'),
+    'one bit.png': lambda: encode(Image.fromarray(SMOOTH).convert('1'), 'PNG'),
+    'LA.png': lambda: encode(Image.fromarray(SMOOTH).convert('LA'), 'PNG'),
+    'P.gif': lambda: encode(Image.fromarray(SMOOTH).quantize(16), 'GIF'),
+    'P transparent.png': lambda: encode(paletted(), 'PNG'),
+    'RGBA.webp': lambda: encode(Image.fromarray(SMOOTH).convert('RGBA'), 'WEBP', lossless=True),
+    'RGBA.PNG': lambda: encode(Image.fromarray(SMOOTH).convert('RGBA'), 'PNG'),
+    'CMYK.tiff': lambda: encode(Image.fromarray(SMOOTH).convert('CMYK'), 'TIFF'),
+    'plain.bmp': lambda: encode(Image.fromarray(SMOOTH), 'BMP'),
+    'plain.ppm': lambda: encode(Image.fromarray(SMOOTH), 'PPM'),
+    '16 bits.png': lambda: sixteen_bits('PNG'),
+    '16 bits.tif': lambda: sixteen_bits('TIFF'),
+}
+
+
+def test_any_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
+    for split in ('train', 'test'):
+        (tmp_path / split / 'a').mkdir(parents=True)
+        for name, make in IMAGES.items():
+            (tmp_path / split / 'a' / name).write_bytes(make())
+    splits = build_datasets('FOLDER', str(tmp_path))
+    assert [Path(path).name for path, _ in splits.val.samples] == sorted(IMAGES)
+    assert splits.train is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        found = {Path(path).name: splits.train[i][0] for i, (path, _) in enumerate(splits.train.samples)}
+    assert all(image.mode == 'RGB' for image in found.values())
+    plain = np.asarray(Image.fromarray(SMOOTH))
+    for name in ('RGBA.webp', 'RGBA.PNG', 'plain.bmp', 'plain.ppm', 'CMYK.tiff'):
+        np.testing.assert_array_equal(np.asarray(found[name]), plain, name)
+    for name in ('16 bits.png', '16 bits.tif'):  # Pillow's own conversion would be white but for the first two
+        ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8) >> 8
+        np.testing.assert_array_equal(np.asarray(found[name])[..., 0], ramp, name)
+    colours = np.asarray(paletted().convert('RGBA'))[..., :3]
+    np.testing.assert_array_equal(np.asarray(found['P transparent.png']), colours)
+
+
+def test_orientation_is_kept_as_torchvision_keeps_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned
+    assert decode(encode(Image.new('RGB', (40, 20)), 'JPEG', exif=exif)).size == (40, 20)
+
+
+def test_extensions() -> None:
+    extensions = image_extensions()
+    assert {'.jpg', '.jpeg', '.png', '.webp', '.tif', '.bmp', '.gif', '.ppm', '.jp2'} <= extensions
+    assert not {'.txt', '.csv', '.json', '.pdf', '.h5', '.mpg', ''} & extensions
+
+
+@pytest.mark.parametrize(
+    ('data', 'reason'),
+    [
+        (b'', 'it is empty'),
+        (b'no image at all', 'its format is unknown'),
+        (encode(Image.fromarray(SMOOTH), 'JPEG')[:900], 'truncated'),
+        (encode(Image.fromarray(SMOOTH), 'PNG')[:200], 'truncated'),
+        (b'\xff\xd8\xff\xe0' + b'\x00' * 100, 'format is unknown|truncated|no marker'),
+    ],
+)
+def test_what_cannot_be_decoded_says_why(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=f'(?i){reason}'):
+        decode(data)
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')  # Pillow's, about damaged metadata
+def test_altered_bytes_never_end_otherwise_than_as_an_image_or_an_error() -> None:
+    for kind in ('JPEG', 'PNG', 'GIF', 'WEBP', 'TIFF', 'BMP'):
+        whole = encode(Image.fromarray(SMOOTH), kind)
+        for _ in range(60):
+            data = bytearray(whole)
+            for position in RNG.integers(0, len(data), 5):
+                data[position] = RNG.integers(0, 256)
+            try:
+                assert decode(bytes(data)).mode == 'RGB'
+            except ValueError as err:
+                assert str(err)
+
+
+def test_packed_strings() -> None:
+    names = ['a', '', 'ä/b c.jpg', 'x' * 300, 'not-utf8-\udcff']
+    packed = PackedStrings(names)
+    assert list(packed) == names and len(packed) == 5 and packed[-1] == names[-1] and packed[1:3] == names[1:3]
+    assert list(pickle.loads(pickle.dumps(packed))) == names
+    with pytest.raises(IndexError):
+        packed[5]
+    assert list(PackedStrings([])) == []
+
+
+def break_image(root: Path, name: str) -> Path:
+    path = root / name
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def test_bad_image_is_replaced_by_the_next_good_one(make_folder: MakeFolder, capsys: pytest.CaptureFixture) -> None:
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=110)
+    bad = break_image(root, 'train/a/107.jpg')
+    break_image(root, 'train/a/108.jpg')
+    with pytest.raises(BadImageError, match=r'107\.jpg cannot be read .* --on-bad-image skip'):
+        list(build_datasets('FOLDER', str(root)).train)  # type: ignore[call-overload]
+    train = build_datasets('FOLDER', str(root), skip_bad_images=True).train
+    assert train is not None
+    position = [path for path, _ in train.samples].index(str(bad))
+    image, target = train[position]
+    good, good_target = train[position + 2]
+    assert np.array_equal(image, good) and target == good_target
+    for _ in range(2):
+        for context in ('fork', 'spawn'):
+            loader: Any = DataLoader(train, num_workers=2, collate_fn=len, multiprocessing_context=context)
+            assert sum(loader) == 220
+        train.log_bad_images()
+    out = capsys.readouterr().out
+    assert out.count('107.jpg') == 1 and out.count('108.jpg') == 1
+
+
+def test_more_than_one_percent_of_bad_images_fail(make_folder: MakeFolder) -> None:
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=60)
+    for number in (3, 4):
+        break_image(root, f'train/a/{number}.jpg')
+    train = build_datasets('FOLDER', str(root), skip_bad_images=True).train
+    with pytest.raises(InputError, match='2 of 120 images cannot be read, more than 1%'):
+        list(train)  # type: ignore[call-overload]
+
+
+def test_training_skips_a_bad_image_and_evaluation_leaves_it_out(
+    make_folder: MakeFolder, capsys: pytest.CaptureFixture
+) -> None:
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=60)
+    break_image(root, 'train/b/7.jpg')
+    bad = break_image(root, 'val/a/9.jpg')
+    flags = [*SMALL_MODEL, *PLAIN, '--data-set', 'FOLDER', '--data-path', str(root), '--epochs', '2']
+    for workers in ('0', '2'):
+        line = main([*flags, '--on-bad-image', 'skip', '--num_workers', workers])
+        assert line['epoch'] == 1
+        out = capsys.readouterr().out
+        assert out.count('Bad image, replaced by the next good one') == 1 and 'train/b/7.jpg' in out
+        assert out.count('Bad image, left out') == 1 and str(bad) in out
+        assert 'on the 119 test images' in out
+    for workers in ('0', '2'):
+        command = [sys.executable, str(ROOT / 'main.py'), *flags, '--num_workers', workers]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert done.stderr.count('\n') == 1 and 'train/b/7.jpg cannot be read as an image' in done.stderr
+
+
+def _targets(samples: list[tuple[Any, int]]) -> list[int]:
+    return [target for _, target in samples]
+
+
+@pytest.mark.parametrize('context', ['fork', 'spawn', 'forkserver'])
+def test_file_data_sets_reach_processes_however_they_start(make_folder: MakeFolder, context: str) -> None:
+    train = build_datasets('FOLDER', str(make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=3))).train
+    assert train is not None
+    loader = DataLoader(train, batch_size=3, num_workers=1, collate_fn=_targets, multiprocessing_context=context)
+    assert list(loader) == [[0, 0, 0], [1, 1, 1]]

@@ -1,0 +1,296 @@
+"""layouts.py: lists, folders, Tiny-ImageNet and iNaturalist as they lie on the disk, and parts of the training set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import DATA_SETS, DOMAINNET, build_datasets, stratified_part
+from main import main
+from tests.conftest import PLAIN, SMALL_MODEL, make_lists
+from utils import InputError, UsageError
+
+MakeFolder = Callable[..., Path]
+
+# As in DomainNet's painting lists: train lacks t-shirt, test lacks its neighbour syringe; labels are in no order.
+CLASSES = {'zebra': 0, 'syringe': 2, 't-shirt': 1, 'apple': 3}
+PAINTING = {
+    'train': [(f'{name}/{i}.jpg', CLASSES[name]) for name in ('zebra', 'syringe', 'apple') for i in (1, 2)],
+    'test': [(f'{name}/{i}.jpg', CLASSES[name]) for name in ('apple', 't-shirt', 'zebra') for i in (3, 4)],
+}
+
+
+def labels(dataset: Any) -> dict[str, int]:
+    return {Path(path).parent.name: target for path, target in dataset.samples}
+
+
+@pytest.mark.parametrize('where', ['root', 'domain folder', 'lists inside', 'lists inside, domain folder'])
+def test_lists_share_one_class_map(tmp_path: Path, where: str) -> None:
+    root = make_lists(tmp_path, 'painting', PAINTING)
+    if 'inside' in where:
+        for split in PAINTING:
+            (root / f'painting_{split}.txt').rename(root / 'painting' / f'painting_{split}.txt')
+    splits = build_datasets('painting', str(root / 'painting' if 'domain folder' in where else root))
+    assert splits.train is not None and splits.num_classes == 345
+    assert labels(splits.train) == {'zebra': 0, 'syringe': 2, 'apple': 3}
+    assert labels(splits.val) == {'zebra': 0, 't-shirt': 1, 'apple': 3}
+    assert splits.train.classes == splits.val.classes == ['zebra', 't-shirt', 'syringe', 'apple']
+    assert splits.train.class_to_idx == CLASSES
+    assert [name for name, _ in splits.train.samples] == [
+        str(root / 'painting' / name) for name, _ in PAINTING['train']
+    ]
+    assert splits.train[2][1] == 2 and splits.train[2][0].size == (20, 20)
+    lacking = [note for note in splits.notes if 'no images of 1 of the 4 classes' in note]
+    assert len(lacking) == 2 and 't-shirt' in lacking[0] and 'syringe' in lacking[1]
+
+
+def test_counts_of_the_published_table(tmp_path: Path) -> None:
+    notes = build_datasets('painting', str(make_lists(tmp_path, 'painting', PAINTING))).notes
+    assert any('6 train images, painting is published with 50416' in note for note in notes)
+    assert any('6 val images, painting is published with 21850' in note for note in notes)
+    assert sum(sum(DATA_SETS[name].images) for name in DOMAINNET) == 586575  # the paper's total
+
+
+def test_a_folder_that_has_both_layouts(tmp_path: Path, make_folder: MakeFolder) -> None:
+    root = make_lists(make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}), 'painting', PAINTING)
+    splits = build_datasets('painting', str(root))
+    assert len(splits.val) == 6 and any('the lists are used' in note for note in splits.notes)
+    splits = build_datasets('painting', str(root), data_layout='folder')
+    assert len(splits.val) == 16 and splits.val.classes == ['a', 'b']
+    splits = build_datasets('painting', str(root), data_layout='lists')
+    assert len(splits.val) == 6 and not any('are used' in note for note in splits.notes)
+
+
+def test_a_class_named_train_is_no_split(tmp_path: Path) -> None:
+    rows = {split: [('train/1.jpg', 1), ('bus/1.jpg', 0)] for split in ('train', 'test')}
+    root = make_lists(tmp_path, 'real', rows)
+    splits = build_datasets('real', str(root / 'real'))
+    assert splits.val.classes == ['bus', 'train'] and not any('are used' in note for note in splits.notes)
+    (root / 'real_train.txt').unlink()
+    (root / 'real_test.txt').unlink()
+    with pytest.raises(InputError, match=r'neither the lists real_train\.txt'):
+        build_datasets('real', str(root))
+
+
+def test_folders_of_a_domain_below_the_root(make_folder: MakeFolder) -> None:
+    root = make_folder({'train': ['b', 'a'], 'val': ['a']}, name='sketch')
+    for path in (root, root.parent):
+        assert labels(build_datasets('sketch', str(path)).train) == {'a': 0, 'b': 1}
+    (root / 'classes.txt').write_text('b\nc\na\n')
+    splits = build_datasets('sketch', str(root))
+    assert labels(splits.train) == {'a': 2, 'b': 0} and splits.val.classes == ['b', 'c', 'a']
+    for text, message in (('b\n', r'lacks 1 class folder \(a\)'), ('a\nb\na\n', 'names a class twice')):
+        (root / 'classes.txt').write_text(text)
+        with pytest.raises(InputError, match=message):
+            build_datasets('sketch', str(root))
+
+
+def test_any_lists_as_folder(tmp_path: Path) -> None:
+    root = make_lists(tmp_path, 'cartoon', PAINTING)
+    assert build_datasets('FOLDER', str(root)).num_classes == 4
+    make_lists(root, 'photo', PAINTING)
+    with pytest.raises(InputError, match=r'lists of cartoon, photo: choose one with --data-path .*cartoon'):
+        build_datasets('FOLDER', str(root))
+    assert len(build_datasets('FOLDER', str(root / 'photo')).val) == 6
+    with pytest.raises(InputError, match='no folder train'):
+        build_datasets('FOLDER', str(root), data_layout='folder')
+
+
+@pytest.mark.parametrize(
+    ('line', 'message'),
+    [
+        ('painting/apple/1.jpg', r'painting_train\.txt, line 7: .* is not of the form'),
+        ('painting/apple/1.jpg x', 'line 7'),
+        ('painting/apple/1.jpg -1', 'line 7'),
+        ('painting/apple/1.jpg 99999999', 'line 7'),
+        ('../secret/1.jpg 1', 'line 7'),
+        ('/etc/apple/1.jpg 1', 'line 7'),
+        ('painting/apple/1.jpg 7', "disagree: 'apple' is 3 and 7"),
+        ('painting/pear/1.jpg 3', "disagree: label 3 is 'apple' and 'pear'"),
+        (
+            'painting/apple/77.jpg 3',
+            r'1 of the 7 images in .*_train\.txt are not in .*: painting/apple/77\.jpg',
+        ),
+    ],
+)
+def test_wrong_lists(tmp_path: Path, line: str, message: str) -> None:
+    root = make_lists(tmp_path, 'painting', PAINTING)
+    with open(root / 'painting_train.txt', 'a') as file:
+        file.write(line + '\n')
+    with pytest.raises(InputError, match=message):
+        build_datasets('painting', str(root))
+
+
+def test_missing_lists(tmp_path: Path) -> None:
+    root = make_lists(tmp_path, 'painting', PAINTING)
+    (root / 'painting_test.txt').write_text('')
+    with pytest.raises(InputError, match=r'painting_test\.txt is empty'):
+        build_datasets('painting', str(root))
+    (root / 'painting_test.txt').unlink()
+    with pytest.raises(InputError, match=r'painting_test\.txt: no such list'):
+        build_datasets('painting', str(root))
+    with pytest.raises(InputError, match=r'has no lists clipart_train\.txt'):
+        build_datasets('clipart', str(root), data_layout='lists')
+
+
+@pytest.mark.parametrize('name', ['FOLDER', 'TINYIMNET'])
+def test_tiny_imagenet_as_it_is_unpacked(make_folder: MakeFolder, name: str) -> None:
+    root = make_folder({'train': ['n02/images', 'n01/images'], 'val': ['images']}, images=3)
+    for wnid in ('n01', 'n02'):
+        (root / 'train' / wnid / f'{wnid}_boxes.txt').write_text('0.jpg\t0\t0\t62\t62\n')
+    rows = [('1.jpg', 'n01'), ('0.jpg', 'n02'), ('2.jpg', 'n02')]
+    text = ''.join(f'{file}\t{wnid}\t0\t0\t62\t62\n' for file, wnid in rows)
+    (root / 'val' / 'val_annotations.txt').write_text(text)
+    splits = build_datasets(name, str(root))
+    assert splits.num_classes == (200 if name == 'TINYIMNET' else 2)
+    assert splits.train is not None and splits.train.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [splits.val.name(i) for i in range(3)] == [f'val/images/{i}.jpg' for i in range(3)]
+    assert splits.val.targets.tolist() == [1, 0, 1]
+    assert splits.val.targets.tolist() == build_datasets(name, str(root), train=False).val.targets.tolist()
+    (root / 'val' / 'val_annotations.txt').write_text(text + '7.jpg\tn01\t0\t0\t1\t1\n')
+    with pytest.raises(InputError, match='1 of the 4 images'):
+        build_datasets(name, str(root))
+    (root / 'val' / 'val_annotations.txt').write_text('0.jpg n01\n')
+    with pytest.raises(InputError, match='line 1'):
+        build_datasets(name, str(root))
+
+
+def make_inaturalist(root: Path, *, year: int = 2018, with_super: bool = True) -> Path:
+    """Five categories; the training annotations name them in the order 3, 1, 4, 0; the images in another."""
+    levels = ('kingdom', 'phylum', 'class', 'order', 'family', 'genus', 'name')
+    categories = [
+        {'id': i, **{level: f'{level} {i // 2 if level != "name" else i}' for level in levels}} for i in range(5)
+    ]
+    if year == 2018:
+        categories = [{**entry, 'supercategory': 'Plantae' if i < 3 else 'Aves'} for i, entry in enumerate(categories)]
+    (root / 'categories.json').write_text(json.dumps(categories))
+    number = 0
+    for split, order in (('train', [3, 1, 4, 0, 1]), ('val', [0, 1, 3, 4])):
+        images, annotations = [], []
+        for category in order:
+            number += 1
+            top = 'Plantae' if category < 3 else 'Aves'
+            name = f'train_val{year}/{top}/{category}/{number}.jpg'
+            images.append({'id': number, 'file_name': name, 'height': 20, 'width': 20, 'license': 3})
+            annotations.append({'image_id': number, 'category_id': category, 'id': number})
+            path = root / (name if with_super else name.replace(f'{top}/', ''))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (20, 20), (number * 20, 0, 0)).save(path)
+        content = {'info': {}, 'images': images[::-1], 'categories': [], 'annotations': annotations, 'licenses': []}
+        (root / f'{split}{year}.json').write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize('with_super', [True, False])
+@pytest.mark.parametrize(('name', 'year'), [('INAT', 2018), ('INAT19', 2019)])
+def test_inaturalist_in_both_layouts(tmp_path: Path, name: str, year: int, with_super: bool) -> None:
+    root = make_inaturalist(tmp_path, year=year, with_super=with_super)
+    splits = build_datasets(name, str(root))
+    assert splits.train is not None and splits.num_classes == 4
+    assert splits.train.classes == ['name 3', 'name 1', 'name 4', 'name 0']  # by first appearance
+    assert splits.train.targets.tolist() == [1, 3, 2, 1, 0]  # the images' order is the reverse
+    assert splits.val.targets.tolist() == [2, 0, 1, 3]
+    assert splits.val[0][0].size == (20, 20)
+    by_genus = build_datasets(name, str(root), inat_category='genus', train=False)
+    assert by_genus.val.classes == ['genus 1', 'genus 0', 'genus 2'] and by_genus.num_classes == 3
+
+
+def test_inaturalist_supercategory(tmp_path: Path) -> None:
+    splits = build_datasets('INAT', str(make_inaturalist(tmp_path)), inat_category='supercategory')
+    assert splits.val.classes == ['Aves', 'Plantae']
+
+
+def change_json(path: Path, change: Callable[[Any], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_inaturalist_errors(tmp_path: Path) -> None:
+    def expect(message: str, name: str = 'INAT', **kwargs: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            build_datasets(name, str(root), **kwargs)
+
+    root = make_inaturalist(tmp_path)
+    expect("unknown category 'species'; known are kingdom", inat_category='species')
+    expect(r'train2019\.json: No such file', name='INAT19')
+    make_inaturalist(root, year=2019)
+    expect("no key 'supercategory'; --inat-category may be kingdom", name='INAT19', inat_category='supercategory')
+    make_inaturalist(root)
+    change_json(root / 'val2018.json', lambda content: content['annotations'].pop())
+    expect(r'val2018\.json has no annotation of 1 image id \(9\)')
+    change_json(root / 'val2018.json', lambda content: content['annotations'][0].pop('category_id'))
+    expect(r"val2018\.json, annotation 0 has no key 'category_id'")
+    change_json(root / 'train2018.json', lambda content: content.pop('annotations'))
+    expect(r"train2018\.json has no key 'annotations'")
+    make_inaturalist(root)
+    change_json(root / 'train2018.json', lambda content: content['annotations'][0].update(category_id=77))
+    expect('category_id 77, which categories.json has not')
+    make_inaturalist(root)
+    change_json(root / 'val2018.json', lambda content: content['annotations'][0].update(category_id=2))
+    expect('has name name 2, which train2018.json has not')
+    make_inaturalist(root)
+    (root / 'train_val2018' / 'Aves' / '3' / '1.jpg').unlink()
+    expect('1 of the 5 images')
+    (root / 'train2018.json').write_text('{')
+    expect(r'train2018\.json is no JSON file')
+    (root / 'categories.json').unlink()
+    expect(r'categories\.json: No such file')
+
+
+def test_flags_that_mean_nothing_for_a_data_set_are_refused(make_folder: MakeFolder) -> None:
+    root = str(make_folder({'train': ['a', 'b'], 'val': ['a']}))
+    for kwargs in ({'data_layout': 'lists'}, {'inat_category': 'genus'}, {'verify_records': True}):
+        for name in ('IMNET', 'DIGITS'):
+            with pytest.raises(UsageError):
+                build_datasets(name, root, **kwargs)
+
+
+def test_stratified_parts_lie_inside_larger_ones() -> None:
+    targets = np.random.default_rng(1).choice(10, 5000, p=np.arange(1, 11) / 55)
+    whole = np.bincount(targets)
+    smaller: set[int] = set()
+    for fraction in (0.001, 0.01, 0.1, 0.25, 0.5, 0.9, 1.0):
+        part = stratified_part(targets, fraction, seed=0)
+        assert len(part) == round(5000 * fraction) and np.all(np.diff(part) > 0)
+        assert np.all(np.abs(np.bincount(targets[part], minlength=10) - fraction * whole) <= 1 + (fraction < 0.01))
+        assert smaller <= set(part.tolist())
+        smaller = set(part.tolist())
+    assert len(smaller) == 5000
+    again, other = (stratified_part(targets, 0.1, seed=seed) for seed in (0, 1))
+    assert np.array_equal(again, stratified_part(targets, 0.1, seed=0)) and not np.array_equal(again, other)
+    assert set(targets[stratified_part(targets, 10 / 5000, seed=3)]) == set(range(10))  # each class before any twice
+    assert len(stratified_part(targets, 1e-9, seed=0)) == 1
+
+
+def test_training_on_a_part(make_folder: MakeFolder, capsys: pytest.CaptureFixture) -> None:
+    root = make_folder({'train': ['a', 'b', 'c'], 'val': ['a', 'b', 'c']}, images=8)
+    splits = build_datasets('FOLDER', str(root), train_fraction=0.5)
+    assert (
+        splits.train is not None and np.bincount(splits.train.targets).tolist() == [4, 4, 4] and len(splits.val) == 24
+    )
+    assert all(splits.train[i][1] == splits.train.targets[i] for i in range(12))
+    flags = [
+        *SMALL_MODEL,
+        *PLAIN,
+        '--data-set',
+        'FOLDER',
+        '--data-path',
+        str(root),
+        '--epochs',
+        '1',
+        '--batch-size',
+        '4',
+    ]
+    main([*flags, '--train-fraction', '0.5'])
+    out = capsys.readouterr().out
+    assert 'Note: 12 of 24 training images are used: --train-fraction 0.5' in out and '12 training and 24 test' in out
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, '--train-fraction', '0'])
+    assert stop.value.code == 2

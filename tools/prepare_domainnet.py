@@ -1,0 +1,195 @@
+"""Arranges a download of DomainNet into train/ and val/ folders: `python tools/prepare_domainnet.py ROOT OUT`.
+
+main.py reads the download as it is; this is for programs that want folders, and for downloads with files missing.
+
+ROOT holds <domain>_train.txt, <domain>_test.txt and the images, unpacked (<domain>/<class>/<file>) or in <domain>.zip.
+OUT/<domain>/{train,val}/<class>/<file> become hard links where the file system allows it, else symbolic links, else
+copies (as are files out of a zip). Nothing under ROOT is moved or changed. What is there already stays, so a second run
+changes nothing and a stopped one goes on. OUT/<domain>/classes.txt holds the classes in the order of the lists' labels,
+which is not that of the alphabet, so that main.py gives the folders the labels of the lists.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import write_file
+from flags import FlagParser, one_line_errors
+from layouts import CLASSES_FILE, Listing, Lists, read_lists
+from utils import InputError, count, one_line
+
+
+def _symlink(source: Path, target: Path) -> None:
+    target.symlink_to(os.path.relpath(source, target.parent))
+
+
+METHODS: dict[str, Callable[[Path, Path], object]] = {
+    'hard link': os.link,
+    'symbolic link': _symlink,
+    'copy': shutil.copyfile,
+}
+NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EINVAL}
+
+
+def get_args_parser() -> FlagParser:
+    parser = FlagParser('prepare_domainnet.py', description='Arrange a DomainNet download into train/ and val/.')
+    parser.add_argument('root', metavar='ROOT', type=os.path.abspath, help='the download')
+    parser.add_argument('out', metavar='OUT', type=os.path.abspath, help='where <domain>/{train,val}/ are made')
+    parser.add_argument('--domains', nargs='+', metavar='DOMAIN', help='those whose lists are in ROOT by default')
+    parser.add_argument('--allow-missing', action='store_true', help='leave out listed files that are not there')
+    return parser
+
+
+def find_domains(root: Path) -> list[str]:
+    """The domains whose lists lie in a folder, or in a domain's folder below it."""
+    suffix = '_train.txt'
+    return sorted(
+        {path.name.removesuffix(suffix) for pattern in (f'*{suffix}', f'*/*{suffix}') for path in root.glob(pattern)}
+    )
+
+
+def find_sources(root: Path, domain: str) -> tuple[Lists, zipfile.ZipFile | None]:
+    """A domain's lists, and its zip file if there is one.
+
+    Raises:
+        InputError: if a list is missing, or there are neither images nor a zip file.
+    """
+    folder = next((path for path in (root, root / domain) if (path / f'{domain}_train.txt').is_file()), root)
+    lists = Lists(root, folder / f'{domain}_train.txt', folder / f'{domain}_test.txt')
+    for path in lists[1:]:
+        if not path.is_file():
+            raise InputError(f'{path}: no such list; DomainNet has {domain}_train.txt and {domain}_test.txt')
+    archive = next((path for path in (root / f'{domain}.zip', root / domain / f'{domain}.zip') if path.is_file()), None)
+    if archive is None and not (root / domain).is_dir():
+        raise InputError(f'{root} has neither the folder {domain} nor {domain}.zip')
+    try:
+        return lists, zipfile.ZipFile(archive) if archive is not None else None
+    except zipfile.BadZipFile as err:
+        raise InputError(f'{archive} is no zip file, or a part of one ({one_line(err)}): download it again') from None
+
+
+def place(target: Path, make: Callable[[Path], object]) -> None:
+    """Makes a file under another name and renames it, so that a file that is there is complete."""
+    unfinished = target.with_name(f'.{target.name}.partial')
+    unfinished.unlink(missing_ok=True)
+    try:
+        make(unfinished)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path, methods: list[str]) -> str:
+    """Places a file by the first method that works here; those that do not are taken off the list."""
+    while True:
+        method = methods[0]
+        try:
+            place(target, partial(METHODS[method], source))
+            return method
+        except OSError as err:
+            if err.errno not in NO_LINKS or len(methods) == 1:
+                raise
+            methods.pop(0)
+
+
+def unpack(archive: zipfile.ZipFile, name: str, target: Path) -> None:
+    """Places a file out of a zip file, whose checksum is verified.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    try:
+        data = archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as err:
+        raise InputError(f'{archive.filename}: {name} is damaged ({one_line(err)}): download it again') from None
+    place(target, lambda path: path.write_bytes(data))
+
+
+def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
+    """Arranges one domain; returns a line that says what was done.
+
+    Raises:
+        InputError: if something is missing or damaged, or `out` is where the images are.
+    """
+    lists, archive = find_sources(root, domain)
+    folder = out / domain
+    if folder.resolve() == (root / domain).resolve():
+        raise InputError(f'{folder} holds the images by class, and DomainNet has a class "train": choose another OUT')
+    rows, classes = read_lists(lists)
+    listing = Listing(root)
+    members = set(archive.namelist()) if archive is not None else set()
+    absent = [name for split in rows.values() for name, _ in split if name not in listing and name not in members]
+    if absent:
+        print('\n'.join(f'missing: {name}' for name in absent))
+        if not allow_missing:
+            raise InputError(
+                f'{len(absent)} of the {sum(map(len, rows.values()))} listed files of {domain} are missing: '
+                'unpack it again, or leave them out with --allow-missing'
+            )
+    missing = set(absent)
+    jobs = [
+        (name, folder / split / PurePosixPath(name).parent.name / PurePosixPath(name).name)
+        for split, source in (('train', 'train'), ('val', 'test'))
+        for name, _ in rows[source]
+        if name not in missing
+    ]
+    for parent in {target.parent for _, target in jobs}:
+        parent.mkdir(parents=True, exist_ok=True)
+    names = ('\n'.join(classes) + '\n').encode()
+    if not (folder / CLASSES_FILE).is_file() or (folder / CLASSES_FILE).read_bytes() != names:
+        write_file(folder / CLASSES_FILE, lambda file: file.write(names))
+
+    done: dict[str, int] = {}
+    methods = list(METHODS)
+    for name, target in tqdm(jobs, desc=domain, unit=' images'):
+        if target.exists():
+            what = 'there already'
+        elif name in listing:
+            what = link_or_copy(root / name, target, methods)
+        else:
+            assert archive is not None
+            unpack(archive, name, target)
+            what = f'out of {domain}.zip'
+        done[what] = done.get(what, 0) + 1
+    expected = {target for _, target in jobs}
+    others = [str(path) for path in folder.glob('*/*/*') if path not in expected and not path.name.startswith('.')]
+    if others:
+        raise InputError(
+            f'{folder} holds {count(others, "file")} that these lists do not name: remove what is not theirs'
+        )
+    counts = ', '.join(f'{number} {what}' for what, number in done.items())
+    return f'{folder}: {len(jobs)} images in {len(classes)} classes ({counts}); {len(absent)} missing'
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the program.
+
+    Raises:
+        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
+    """
+    args = get_args_parser().parse_args(argv)
+    root, out = Path(args.root), Path(args.out)
+    with one_line_errors('prepare_domainnet.py'):
+        if not root.is_dir():
+            raise InputError(f'{root}: no such folder')
+        domains = args.domains or find_domains(root)
+        if not domains:
+            raise InputError(f'{root} has no lists such as clipart_train.txt')
+        for domain in domains:
+            print(prepare(root, out, domain, allow_missing=args.allow_missing), flush=True)
+
+
+if __name__ == '__main__':
+    main()
