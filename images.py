@@ -143,9 +143,10 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         self.classes = list(classes)
         self.transform = transform
         self.on_bad_image = on_bad_image
+        self._length = len(self._labels())
         self._selected: np.ndarray | None = None
         # One byte an image, shared by the loader processes: 1 for bad ones.
-        self._bad = torch.zeros(len(self._labels()) if on_bad_image != 'stop' else 0, dtype=torch.uint8).share_memory_()
+        self._bad = torch.zeros(self._length if on_bad_image != 'stop' else 0, dtype=torch.uint8).share_memory_()
         self._logged = self._bad.clone()
 
     def _labels(self) -> np.ndarray:
@@ -178,9 +179,9 @@ class ImageDataset(Dataset[tuple[Any, int]]):
             ) from None
 
     def _position(self, index: int) -> int:
-        if not -len(self) <= index < len(self):
+        if not -self._length <= index < self._length:
             raise IndexError(index)
-        index %= len(self)
+        index %= self._length
         return index if self._selected is None else int(self._selected[index])
 
     @property
@@ -220,9 +221,10 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def select(self, indices: np.ndarray) -> None:
         """Keeps these of the images, in this order."""
         self._selected = indices if self._selected is None else self._selected[indices]
+        self._length = len(self._selected)
 
     def __len__(self) -> int:
-        return len(self._labels() if self._selected is None else self._selected)
+        return self._length
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         position = self._position(index)

@@ -45,8 +45,7 @@ COMMIT_IMAGES, COMMIT_BYTES = 5000, 64 * 2**20  # of a transaction, whichever co
 GROWTH = 256 * 2**20  # bytes by which the map grows at least
 
 
-def _key(number: int) -> bytes:
-    return struct.pack('>Q', number)
+_key = struct.Struct('>Q').pack
 
 
 def _reason(error: lmdb.Error, path: Path) -> str:
@@ -64,7 +63,7 @@ class _Store:
     """
 
     def __init__(self, path: Path, *, check_index: bool) -> None:
-        self.pid = os.getpid()
+        self.closed = False
         self.env = _open(path)
         self.txn = self.env.begin(buffers=True)
         try:
@@ -114,6 +113,7 @@ class _Store:
         return header
 
     def close(self) -> None:
+        self.closed = True
         for name in ('paths', 'labels', 'sizes', 'checksums'):
             self.__dict__.pop(name, None)
         self.txn.abort()
@@ -127,16 +127,24 @@ class _Store:
 _stores: WeakValueDictionary[tuple[int, int], _Store] = WeakValueDictionary()  # by device and inode
 
 
+def _close_copies() -> None:
+    """Closes what a forked process has of its parent's environments, which LMDB forbids to use there."""
+    for store in _stores.values():
+        store.close()
+    _stores.clear()
+
+
+os.register_at_fork(after_in_child=_close_copies)
+
+
 def _open_store(path: Path, *, check_index: bool) -> _Store:
-    """This process's store of a file. LMDB allows one environment for each file and process, and none after a fork."""
+    """This process's store of a file, of which LMDB allows one."""
     try:
         status = path.stat()
     except OSError as err:
         raise InputError(f'{path}: {err.strerror}; make it with folder2lmdb.py') from None
     store = _stores.get((status.st_dev, status.st_ino))
-    if store is None or store.pid != os.getpid():
-        if store is not None:
-            store.close()  # a copy of the parent process's
+    if store is None:
         store = _stores[status.st_dev, status.st_ino] = _Store(path, check_index=check_index)
     return store
 
@@ -204,7 +212,7 @@ class ImageFolderLMDB(ImageDataset):
 
     def _open(self) -> _Store:
         store = self._store
-        if store is None or store.pid != os.getpid():
+        if store is None or store.closed:
             known = hasattr(self, '_build')  # a loader process's copy: the index is checked once, in the first process
             store = self._store = _open_store(self.file, check_index=not known)
             if known and store.header['index_crc32'] != self._build:

@@ -1,0 +1,252 @@
+"""How fast images come from files and from LMDB, beside torchvision's ImageFolder on the same files.
+
+    python tools/benchmark_data.py speed FOLDER --input-size 32     FOLDER holds train/ and val/ with class folders
+    python tools/benchmark_data.py memory --images 1281167          of loader processes, on synthetic images
+
+`speed` reads every image once beforehand, so the files are in the page cache. It then measures all ways in turn, round
+after round, and prints for each the median rate and the median of its ratios to ImageFolder in the same round. Each
+process goes through a share of its own, in random order, and hands nothing over: this is the work of a loader process
+without the cost of sending batches.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets import FileDataset, build_datasets, build_transform
+from flags import FROM_ONE, FlagParser, one_line_errors
+from layouts import Split
+from lmdb_dataset import ImageFolderLMDB, write_lmdb
+from utils import InputError
+
+CONTEXT = multiprocessing.get_context('fork')
+IMAGE_FOLDER = 'ImageFolder'
+
+
+def get_args_parser() -> FlagParser:
+    parser = FlagParser('benchmark_data.py', description='Images per second, and memory of loader processes.')
+    parser.add_argument('what', choices=('speed', 'memory'))
+    parser.add_argument('folder', nargs='?', help='holds train/ and val/ (speed)')
+    parser.add_argument('--input-size', type=FROM_ONE, default=32, help='pixels, of the training transform (speed)')
+    parser.add_argument('--images', type=FROM_ONE, help='of the training split; all by default (speed), or the '
+                        'number of synthetic ones, 1,281,167 by default (memory)')  # fmt: skip
+    parser.add_argument('--rounds', type=FROM_ONE, default=5, help='measurements of each way (speed)')
+    parser.add_argument('--workers', type=FROM_ONE, nargs='+', default=[1, 2], help='processes (speed)')
+    return parser
+
+
+def read_bytes(path: str) -> bytes:
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def _work(item: Callable[[int], Any], share: np.ndarray, start: Any, answer: Any) -> None:
+    numbers = share.tolist()
+    item(numbers[0])  # opens what is opened on first use
+    start.wait()
+    began = time.perf_counter()
+    for number in numbers:
+        item(number)
+    answer.put(time.perf_counter() - began)
+
+
+def rate(item: Callable[[int], Any], images: int, processes: int) -> float:
+    """Images per second of a function that gets one by its number, over all processes."""
+    order = np.random.default_rng(0).permutation(images)
+    start, answer = CONTEXT.Barrier(processes), CONTEXT.Queue()
+    started = [
+        CONTEXT.Process(target=_work, args=(item, order[number::processes], start, answer))
+        for number in range(processes)
+    ]
+    for process in started:
+        process.start()
+    seconds = max(answer.get() for _ in started)
+    for process in started:
+        process.join()
+    return images / seconds
+
+
+def speed(folder: Path, *, input_size: int, images: int | None, rounds: int, workers: Sequence[int]) -> None:
+    """Prints the table of rates.
+
+    Raises:
+        InputError: if the folder cannot be read.
+    """
+    files = build_datasets('FOLDER', str(folder), data_layout='folder').train
+    assert isinstance(files, FileDataset)
+    images = min(images or len(files), len(files))
+    files.select(np.random.default_rng(0).permutation(len(files))[:images])
+    size = sum(len(files.raw(number)) for number in range(images)) / images
+    print(f'{folder}: {images:,} images, {size:,.0f} bytes on average; {rounds} rounds, page cache warm')
+    transform = build_transform(train=True, input_size=input_size)
+    numbers: Any = files._selected
+
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, open(os.devnull, 'w') as null:
+        path = Path(temporary, 'train.lmdb')
+        rates = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            with redirect_stderr(null):  # the progress bar
+                write_lmdb(files, path, data_set='FOLDER', workers=2)
+            rates.append(images / (time.perf_counter() - began))
+        print(f'Building the LMDB file, 2 readers and a writer: {statistics.median(rates):,.0f} images/s\n')
+        records = ImageFolderLMDB(path)
+        root = str(folder / 'train')
+        raw, plain, full = (
+            ImageFolder(root, loader=loader, transform=change)
+            for loader, change in ((read_bytes, None), (default_loader, None), (default_loader, transform))
+        )
+        full_files = build_datasets('FOLDER', str(folder), data_layout='folder', train_transform=transform).train
+        assert full_files is not None
+        full_files.select(numbers)
+        full_records = ImageFolderLMDB(path, transform)
+        ways: dict[str, dict[str, Callable[[int], Any]]] = {
+            'raw bytes': {
+                IMAGE_FOLDER: lambda number: raw[numbers[number]],
+                'files': files.raw,
+                'LMDB': records.raw,
+            },
+            'decoded': {
+                IMAGE_FOLDER: lambda number: plain[numbers[number]],
+                'files': files.__getitem__,
+                'LMDB': records.__getitem__,
+            },
+            f'training transform, {input_size} px': {
+                IMAGE_FOLDER: lambda number: full[numbers[number]],
+                'files': full_files.__getitem__,
+                'LMDB': full_records.__getitem__,
+            },
+        }
+        print('| | processes | from | images/s | per core | ratio |\n|---|---|---|---|---|---|')
+        for title, functions in ways.items():
+            for processes in workers:
+                found: dict[str, list[float]] = {name: [] for name in functions}
+                for _ in range(rounds):
+                    for name, function in functions.items():
+                        found[name].append(rate(function, images, processes))
+                for name, values in found.items():
+                    middle = statistics.median(values)
+                    ratio = statistics.median(
+                        value / base for value, base in zip(values, found[IMAGE_FOLDER], strict=True)
+                    )
+                    row = (title, processes, name, f'{middle:,.0f}', f'{middle / processes:,.0f}', f'{ratio:.2f}')
+                    print('|', ' | '.join(map(str, row)), '|', flush=True)
+
+
+def memory_of(process: int) -> tuple[float, float, float]:
+    """A process's resident memory, the part of it that is pages of files, and the part that no other process shares."""
+    found = {}
+    for line in Path(f'/proc/{process}/smaps_rollup').read_text().splitlines()[1:]:
+        name, amount = line.split()[:2]
+        found[name.rstrip(':')] = int(amount) / 1024  # MiB
+    return found['Rss'], found['Rss'] - found['Anonymous'], found['Private_Clean'] + found['Private_Dirty']
+
+
+def synthetic_files(folder: Path, images: int) -> FileDataset:
+    """A data set of as many paths, in classes of a thousand, which all lead to the same thousand files."""
+    folder.mkdir(exist_ok=True)
+    classes = [f'n{number:08}' for number in range(-(-images // 1000))]
+    for name in classes:
+        if not (folder / name).exists():
+            (folder / name).symlink_to(folder.parent / 'source')
+    paths = [f'{classes[number // 1000]}/{number % 1000:03}.jpg' for number in range(images)]
+    return FileDataset(Split(folder, paths, [number // 1000 for number in range(images)]), classes)
+
+
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in a new process, whose memory goes with it."""
+    answer = CONTEXT.Queue()
+    process = CONTEXT.Process(target=lambda: answer.put(function(*args)))
+    process.start()
+    result = answer.get()
+    process.join()
+    return result
+
+
+def write_synthetic(folder: Path, images: int, path: Path) -> None:
+    with open(os.devnull, 'w') as null, redirect_stderr(null):
+        write_lmdb(synthetic_files(folder, images), path, data_set='FOLDER', workers=2)
+
+
+def _count(samples: list[Any]) -> int:
+    return len(samples)
+
+
+def read_at_random(make: Callable[[], Any]) -> list[tuple[float, float, float]]:
+    """What each of two loader processes holds after 200,000 random reads."""
+    dataset = make()
+    order = np.random.default_rng(0).integers(0, len(dataset), 200000).tolist()
+    loader: Any = DataLoader(
+        dataset, batch_size=64, sampler=order, num_workers=2, collate_fn=_count, persistent_workers=True
+    )
+    assert sum(loader) == len(order)
+    return [memory_of(worker.pid) for worker in loader._iterator._workers]
+
+
+def memory(images: int) -> None:
+    """Prints what loader processes hold, for a small data set and a large one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        (root / 'source').mkdir()
+        for number in range(1000):
+            Image.new('RGB', (16, 16), (number % 256, 0, 0)).save(root / 'source' / f'{number:03}.jpg')
+        rows = []
+        for count in (min(10000, images), images):
+            folder, path = root / str(count), root / f'{count}.lmdb'
+            in_process(write_synthetic, folder, count, path)
+            ways = {
+                IMAGE_FOLDER: partial(ImageFolder, str(folder)),
+                'files': partial(synthetic_files, folder, count),
+                'LMDB': partial(ImageFolderLMDB, path),
+            }
+            rows += [(name, count, *held) for name, make in ways.items() for held in in_process(read_at_random, make)]
+    print('| from | images | resident, MiB | of that, pages of files | of that, its own |\n|---|---|---|---|---|')
+    for name, count, *held in rows:
+        print(f'| {name} | {count:,} | ' + ' | '.join(f'{value:.0f}' for value in held) + ' |')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the program.
+
+    Raises:
+        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
+    """
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    with one_line_errors('benchmark_data.py'):
+        if args.what == 'memory':
+            if not Path('/proc/self/smaps_rollup').exists():
+                raise InputError('this needs /proc/<process>/smaps_rollup, which Linux has')
+            memory(args.images or 1281167)
+        elif args.folder is None:
+            parser.error('speed needs a FOLDER')
+        else:
+            speed(
+                Path(args.folder),
+                input_size=args.input_size,
+                images=args.images,
+                rounds=args.rounds,
+                workers=args.workers,
+            )
+
+
+if __name__ == '__main__':
+    main()
