@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import tempfile
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from utils import InputError, count, one_line
@@ -156,15 +158,33 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     model.load_state_dict(dict(weights))
 
 
+def _resample_position_embedding(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Weights whose position embedding, made for a square grid, fits the model's grid; and a note if that was done."""
+    own, given = getattr(model, 'pos_embed', None), weights.get('pos_embed')
+    grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
+    result = dict(weights)
+    if grid is None or not isinstance(own, Tensor) or given is None or own.shape[::2] != given.shape[::2]:
+        return result, ''
+    prefix = own.shape[1] - grid[0] * grid[1]  # class and distillation token, if they have an embedding
+    side = math.isqrt(max(given.shape[1] - prefix, 0))
+    if own.shape == given.shape or side * side != given.shape[1] - prefix:
+        return result, ''
+    result['pos_embed'] = resample_abs_pos_embed(given, new_size=list(grid), num_prefix_tokens=prefix)
+    return result, f'pos_embed resampled from {side}x{side} to {grid[0]}x{grid[1]}'
+
+
 def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
     """Loads what fits and leaves the rest of the model as it is: for fine-tuning with another head.
 
+    A position embedding of another image size is resampled, by timm's function.
+
     Returns:
-        A line each for what was dropped because its shape differs, what is missing and what is unexpected.
+        A line each for what was resampled, dropped because its shape differs, what is missing and what is unexpected.
 
     Raises:
         InputError: if nothing fits.
     """
+    weights, note = _resample_position_embedding(model, weights)
     reshaped, missing, unexpected = _differences(model, weights)
     dropped = {entry.split()[0] for entry in reshaped}
     fitting = {name: value for name, value in weights.items() if name not in dropped and name not in unexpected}
@@ -172,4 +192,4 @@ def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         raise InputError(f'{source}: nothing in it fits the model; it holds {count(unexpected or reshaped, "key")}')
     model.load_state_dict(fitting, strict=False)
     lists = ((reshaped, 'dropped'), (missing, 'missing'), (unexpected, 'unexpected'))
-    return [f'{kind}: {", ".join(names)}' for names, kind in lists if names]
+    return [note] * bool(note) + [f'{kind}: {", ".join(names)}' for names, kind in lists if names]

@@ -34,6 +34,8 @@ def train_one_epoch(
     model_ema: ModelEmaV3 | None = None,
     mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     train_mode: bool = True,
+    teacher: nn.Module | None = None,
+    keep_rate: Callable[[int], float] | None = None,
     print_freq: int = 10,
 ) -> dict[str, float]:
     """Trains for one epoch.
@@ -42,7 +44,7 @@ def train_one_epoch(
 
     Args:
         model: the model, perhaps inside DistributedDataParallel.
-        criterion: from logits and targets to a mean loss.
+        criterion: from logits and targets, and the teacher's logits if there is one, to a mean loss.
         loader: batches of images (B, C, H, W) and class indices (B,).
         epoch: for messages.
         scaler: disabled unless the type is float16.
@@ -52,10 +54,13 @@ def train_one_epoch(
         model_ema: updated after each optimizer step.
         mixup_fn: mixes images and turns targets into distributions.
         train_mode: False keeps BatchNorm's statistics and turns dropout and drop path off.
+        teacher: gives logits for the same images, mixed as the student sees them.
+        keep_rate: from the number of the batch to the model's argument of that name.
         print_freq: batches between two printed lines.
 
     Returns:
-        `loss`, the mean over all batches and processes, and `lr`, the learning rate used (after scaling).
+        `loss`, the mean over all batches and processes, `lr`, the learning rate used (after scaling), and `keep_rate`,
+        the last one, if there is one.
 
     Raises:
         NonFiniteLossError: on all processes alike, with the epoch, the batch, the learning rate and the loss scale.
@@ -81,8 +86,10 @@ def train_one_epoch(
         waits = isinstance(model, DistributedDataParallel) and not group_ends  # no all-reduce before the group's end
         with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                logits = model(images)
-            loss = criterion(logits.float(), targets)
+                outputs = model(images, **({} if keep_rate is None else {'keep_rate': keep_rate(progress.step)}))
+                taught = () if teacher is None else (teacher(images).float(),)
+            outputs = outputs.float() if isinstance(outputs, Tensor) else tuple(part.float() for part in outputs)
+            loss = criterion(outputs, targets, *taught)
             scaler.scale(loss / group_size).backward()
         unread.append(loss.detach())
 
@@ -110,7 +117,8 @@ def train_one_epoch(
             shown = {'loss': f'{loss_sum / (progress.step + 1):.4f}', 'lr': f'{learning_rate:.2e}'}
             progress.show(shown, images=images_seen)
 
-    return {'loss': loss_sum / progress.steps, 'lr': learning_rate}
+    stats = {'loss': loss_sum / progress.steps, 'lr': learning_rate}
+    return stats if keep_rate is None else {**stats, 'keep_rate': keep_rate(progress.steps - 1)}
 
 
 @torch.inference_mode()
@@ -121,6 +129,7 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     sharded: bool = False,
+    keep_rate: float | None = None,
     header: str = 'Test',
     print_freq: int = 10,
 ) -> dict[str, float]:
@@ -130,6 +139,7 @@ def evaluate(
         loader: batches of images (B, C, H, W) and class indices (B,), -1 for images that are left out.
         amp_dtype: autocast's type, None for float32.
         sharded: each process's loader holds its own share of the images; the counts are then summed.
+        keep_rate: the model's argument of that name, if it is to have one.
 
     Returns:
         `loss`, the mean cross-entropy; `acc1` and `acc5` in percent, the latter top-k for k classes if there are fewer
@@ -145,7 +155,7 @@ def evaluate(
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(images)
+            logits = model(images, **({} if keep_rate is None else {'keep_rate': keep_rate}))
         logits = logits.float()
         loss_sum += F.cross_entropy(logits, targets, reduction='sum', ignore_index=-1)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)

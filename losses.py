@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 
 
 def create_criterion(*, mixed: bool, smoothing: float) -> nn.Module:
@@ -17,3 +22,107 @@ def create_criterion(*, mixed: bool, smoothing: float) -> nn.Module:
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0.0 else nn.CrossEntropyLoss()
+
+
+class Teacher(nn.Module):
+    """A trained model that gives logits for a student's batches, at its own image size and normalisation.
+
+    Stays in eval mode and makes no gradients.
+
+    Args:
+        model: from images (B, 3, S, S) to logits.
+        input_size: S, in pixels; batches of another size are resized.
+        mean, std: of the channels, that the model was trained with.
+        student_mean, student_std: those that the batches are normalised with.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.input_size = input_size
+        own_mean, own_std, mean_, std_ = (
+            torch.tensor(v)[:, None, None] for v in (mean, std, student_mean, student_std)
+        )
+        self.register_buffer('scale', std_ / own_std)  # (3, 1, 1)
+        self.register_buffer('shift', (mean_ - own_mean) / own_std)
+        self.same_normalisation = tuple(mean) == tuple(student_mean) and tuple(std) == tuple(student_std)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode, whatever the student does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != (self.input_size, self.input_size):
+            images = F.interpolate(images.float(), self.input_size, mode='bicubic', antialias=True)
+        if not self.same_normalisation:
+            images = images * self.scale + self.shift
+        return self.model(images)
+
+
+class DistillationLoss(nn.Module):
+    """Cross-entropy of the class head, and the distance of the distillation head from a teacher. Touvron et al. 2021.
+
+    loss = (1 - alpha) * base(class logits, targets) + alpha * distillation, where distillation is for 'soft'
+    tau^2 / (B * num_classes) * KL(teacher at temperature tau, student at tau), and for 'hard' the cross-entropy of the
+    distillation logits with the teacher's decision.
+
+    Args:
+        base: from logits and targets to a mean loss.
+        kind: 'none' for the base alone, 'soft' or 'hard'.
+        alpha: the weight of distillation.
+        tau: the temperature of 'soft'.
+
+    Raises:
+        ValueError: for another kind.
+    """
+
+    def __init__(self, base: nn.Module, *, kind: str = 'none', alpha: float = 0.5, tau: float = 1.0) -> None:
+        super().__init__()
+        if kind not in ('none', 'soft', 'hard'):
+            raise ValueError(f"kind must be 'none', 'soft' or 'hard', not {kind!r}")
+        self.base = base
+        self.kind = kind
+        self.alpha = alpha
+        self.tau = tau
+
+    def forward(self, outputs: Any, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            outputs: the logits (B, num_classes), or a pair of them: class and distillation head.
+            targets: as `base` takes them.
+            teacher_logits: (B, num_classes), for distillation.
+
+        Raises:
+            ValueError: if distillation lacks the second logits or the teacher's.
+        """
+        outputs, outputs_dist = (outputs, None) if isinstance(outputs, Tensor) else outputs
+        base_loss = self.base(outputs, targets)
+        if self.kind == 'none':
+            return base_loss
+        if outputs_dist is None or teacher_logits is None:
+            raise ValueError('distillation needs a student with two heads and the logits of a teacher')
+        if self.kind == 'soft':
+            distillation = F.kl_div(
+                F.log_softmax(outputs_dist / self.tau, dim=1),
+                F.log_softmax(teacher_logits / self.tau, dim=1),
+                reduction='sum',
+                log_target=True,
+            ) * (self.tau**2 / outputs_dist.numel())
+        else:
+            distillation = F.cross_entropy(outputs_dist, teacher_logits.argmax(dim=1))
+        return base_loss * (1 - self.alpha) + distillation * self.alpha

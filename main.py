@@ -7,17 +7,19 @@ import ast
 import copy
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
-from timm.data import Mixup
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed
@@ -26,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import checkpoint as ckpt
-import models  # noqa: F401  registers DHVT with timm
 from datasets import DATA_SETS, EraseSecondHalf, Splits, build_datasets, build_transform
 from engine import NonFiniteLossError, evaluate, train_one_epoch
 from flags import (
@@ -42,7 +43,8 @@ from flags import (
     one_line_errors,
     usable_workers,
 )
-from losses import create_criterion
+from losses import DistillationLoss, Teacher, create_criterion
+from models import evit  # and all models are registered with timm
 from output import OutputFolder
 from samplers import EvalSampler, RASampler
 from speed import count_macs, images_per_second
@@ -73,7 +75,10 @@ SCHEDULE_FLAGS = (
 RECALLED_FLAGS = (
     *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp'),
     *('data_set', 'data_path', 'data_layout', 'inat_category', 'use_lmdb'),
+    *('base_keep_rate', 'fuse_token', 'drop_loc'),
 )
+EVIT_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
+TEACHER_FLAGS = ('distillation_alpha', 'distillation_tau', 'teacher_model', 'teacher_path')
 
 
 def _key_value(text: str) -> tuple[str, Any]:
@@ -86,9 +91,16 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def _blocks(text: str) -> list[int]:
+    """Block numbers, as '3', '3,6,9' or '(3, 6, 9)'."""
+    if not re.fullmatch(r'[\s(\[]*\d+([\s,]+\d+)*[\s,)\]]*', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of block numbers such as 3 6 9')
+    return [int(number) for number in re.findall(r'\d+', text)]
+
+
 def get_args_parser() -> FlagParser:
     """The flags. Names, meanings and defaults are the published code's; DIFFERENCES.md lists the exceptions."""
-    parser = FlagParser('main.py', description='Train, fine-tune and evaluate DHVT.')
+    parser = FlagParser('main.py', description='Train, fine-tune and evaluate DHVT, DeiT and EViT.')
     switch = argparse.BooleanOptionalAction
     parser.add_argument('--batch-size', default=64, type=FROM_ONE, help='images for each process and step')
     parser.add_argument('--epochs', default=300, type=FROM_ONE, help='length of training and of the schedule')
@@ -107,6 +119,24 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--model-ema', action=switch, default=True, help='keep a moving average of the weights')
     group.add_argument('--model-ema-decay', default=0.99996, type=PROBABILITY, help='its decay for each step')
     group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it in host memory')
+
+    group = parser.add_argument_group('token reorganisation', 'of EViT, the models named deit_…_shrink_base')
+    group.add_argument(
+        '--base_keep_rate', type=PART, help='part of the patch tokens that a shrinking block keeps (0.7)'
+    )
+    group.add_argument('--fuse_token', action=switch, help='fuse the others into one (they are dropped by default)')
+    group.add_argument('--drop_loc', nargs='+', type=_blocks, metavar='BLOCK', help='the shrinking blocks (3 6 9)')
+    group.add_argument('--shrink_start_epoch', type=COUNT, help='epoch from which the keep rate falls from 1 (10)')
+    group.add_argument('--shrink_epochs', type=COUNT, help='epochs in which it falls to the base, by a cosine (0)')
+
+    group = parser.add_argument_group('distillation', 'into a model with two heads')
+    group.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'))
+    group.add_argument('--distillation-alpha', type=PROBABILITY, help="weight of the teacher's part (0.5)")
+    group.add_argument('--distillation-tau', type=POSITIVE, help='temperature of soft distillation (1)')
+    group.add_argument('--teacher-model', help="a name of timm's registry (regnety_160)")
+    group.add_argument(
+        '--teacher-path', metavar='FILE', help="path or URL of its checkpoint; timm's weights if not given"
+    )
 
     group = parser.add_argument_group('optimizer')
     group.add_argument('--opt', default='adamw', help="a name of timm's optimizers")
@@ -188,13 +218,15 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def _as_flags(stored: dict[str, Any]) -> list[str]:
+def stored_flags(stored: dict[str, Any]) -> list[str]:
     """The recalled flags of a run as they would be typed, so that the parser checks them like any others."""
     flags: list[str] = []
     for name in RECALLED_FLAGS:
         value = stored.get(name)
-        if isinstance(value, (list, tuple)):
+        if name == 'model_kwargs' and value is not None:
             flags += [f'--{name}', *(f'{key}={setting!r}' for key, setting in value)]
+        elif isinstance(value, (list, tuple)):
+            flags += [f'--{name}', *map(str, value)]
         elif isinstance(value, bool):
             flags.append(f'--{name}' if value else f'--no-{name}')
         elif value is not None:
@@ -217,7 +249,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.eval and args.resume:
-        recalled = _as_flags(ckpt.stored_args(ckpt.load(args.resume)))
+        recalled = stored_flags(ckpt.stored_args(ckpt.load(args.resume)))
         args = parser.parse_args([*recalled, *(sys.argv[1:] if argv is None else argv)])
 
     trains = not args.eval and not args.only_test_speed
@@ -227,6 +259,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         args.input_size * args.cutmix_minmax[1]
     ):
         raise UsageError('--cutmix-minmax needs two ratios, the smaller one first, at least a pixel apart')
+    given = [f'--{name.replace("_", "-")}' for name in TEACHER_FLAGS if getattr(args, name) not in (None, '')]
+    if args.distillation_type == 'none' and given:
+        raise UsageError(f'{given[0]} needs --distillation-type soft or hard')
+    if args.distillation_type == 'hard' and args.distillation_tau is not None:
+        raise UsageError('--distillation-tau is for --distillation-type soft')
+    if args.distillation_type != 'none' and args.train_mode is not True and (args.finetune or args.train_mode is False):
+        raise UsageError('distillation needs the model in training mode: add --train-mode')
     if args.lr_noise and len(args.lr_noise) > 2:
         raise UsageError('--lr-noise takes one part of the training, or two')
     if args.eval and not (args.resume or args.finetune):
@@ -251,15 +290,42 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
-    """Builds the model by its name in timm's registry.
+def new_model(flag: str, name: str, img_size: int, kwargs: dict[str, Any]) -> nn.Module:
+    """A model by its name in timm's registry, told the image size in pixels if it takes one.
 
     Raises:
         UsageError: if timm does not know the name, or the model refuses its arguments.
     """
-    if not timm.is_model(args.model):
-        near = ', '.join(timm.list_models('dhvt_*'))
-        raise UsageError(f"--model {args.model}: timm's registry has no such model; this project adds {near}")
+    if not timm.is_model(name):
+        near = ', '.join(timm.list_models(['dhvt_*', 'deit_*cifar*', 'deit_*shrink_base']))
+        raise UsageError(f"{flag} {name}: timm's registry has no such model; this project adds {near}")
+    try:
+        try:
+            return timm.create_model(name, **{'img_size': img_size, **kwargs})
+        except TypeError as err:
+            if 'img_size' not in str(err):
+                raise
+            return timm.create_model(name, **kwargs)  # convolutional networks are not told the size
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as err:
+        hint = '; --drop-path 0 leaves it out' if 'drop_path_rate' in str(err) else ''
+        raise UsageError(f'{flag} {name} refuses its arguments: {one_line(err)}{hint}') from None
+
+
+def keeps_tokens_by_rate(name: str) -> bool:
+    """Whether a model of timm's registry is an EViT."""
+    return timm.is_model(name) and timm.models.model_entrypoint(name).__module__ == evit.__name__
+
+
+def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+    """Builds the student, or the only model.
+
+    Raises:
+        UsageError: if timm does not know the name, or the model refuses its arguments.
+    """
+    given = [name for name in EVIT_FLAGS if getattr(args, name) is not None]
+    if given and not keeps_tokens_by_rate(args.model):
+        why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
+        raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
     elsewhere = {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
     for name, _ in args.model_kwargs:
         if name in elsewhere:
@@ -268,16 +334,71 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module
     kwargs: dict[str, Any] = {**{name: rate for name, rate in drops.items() if rate > 0}, **dict(args.model_kwargs)}
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
-    try:
+    if args.base_keep_rate is not None:
+        kwargs['base_keep_rate'] = args.base_keep_rate
+    if args.fuse_token is not None:
+        kwargs['fuse_token'] = args.fuse_token
+    if args.drop_loc is not None:
+        kwargs['drop_loc'] = [number for numbers in args.drop_loc for number in numbers]
+    return new_model('--model', args.model, args.input_size, kwargs)
+
+
+def create_teacher(args: argparse.Namespace, num_classes: int) -> Teacher:
+    """The teacher of distillation, at the image size and the normalisation that it was trained with.
+
+    A checkpoint of this program or of the published codes says its model's arguments, and has ImageNet's normalisation
+    as they do; for other weights timm's settings of the model count.
+
+    Raises:
+        UsageError: if timm does not know the model.
+        InputError: if the weights cannot be had, or are for another number of classes.
+    """
+    name = args.teacher_model or 'regnety_160'
+    stored: dict[str, Any] = {}
+    weights = None
+    if args.teacher_path:
+        loaded = ckpt.load(args.teacher_path)
+        weights = ckpt.model_weights(loaded, args.teacher_path)
+        stored = ckpt.stored_args(loaded)
+        if stored.get('model', name) != name:
+            raise InputError(f'{args.teacher_path} is of {stored["model"]}: give that as --teacher-model, not {name}')
+    kwargs: dict[str, Any] = dict(stored.get('model_kwargs') or [])
+    if weights is not None:
+        cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+        classifier = cfg.classifier if cfg is not None else None
+        head = weights.get(f'{classifier[0] if isinstance(classifier, (list, tuple)) else classifier}.weight')
+        if head is not None and len(head) != num_classes:
+            raise InputError(f'the teacher {args.teacher_path} has {len(head)} classes, the data set has {num_classes}')
+        settings = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg is not None else {})
+        size = int(stored.get('input_size', settings['input_size'][-1]))
+        model = new_model('--teacher-model', name, size, {**kwargs, 'num_classes': num_classes})
+        ckpt.load_whole(model, weights, args.teacher_path)
+    else:
+        if not timm.is_model(name):
+            new_model('--teacher-model', name, args.input_size, {})
         try:
-            return timm.create_model(args.model, **{'img_size': args.input_size, **kwargs})
-        except TypeError as err:
-            if 'img_size' not in str(err):
-                raise
-            return timm.create_model(args.model, **kwargs)  # convolutional networks are not told the size
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as err:
-        hint = '; --drop-path 0 leaves it out' if 'drop_path_rate' in str(err) else ''
-        raise UsageError(f'--model {args.model} refuses its arguments: {one_line(err)}{hint}') from None
+            model = timm.create_model(name, pretrained=True)
+        except Exception as err:  # whatever timm and the hub raise where there are no weights or no network
+            raise InputError(
+                f"cannot get timm's weights of {name} ({one_line(err)}): give --teacher-path FILE"
+            ) from None
+        if model.num_classes != num_classes:
+            raise InputError(
+                f"timm's weights of {name} have {model.num_classes} classes, the data set has {num_classes}: "
+                'give --teacher-path FILE'
+            )
+        settings = timm.data.resolve_data_config(model=model)
+        size = settings['input_size'][-1]
+    imagenet = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
+    own = imagenet if stored else settings
+    return Teacher(
+        model,
+        input_size=size,
+        mean=own['mean'],
+        std=own['std'],
+        student_mean=imagenet['mean'],
+        student_std=imagenet['std'],
+    )
 
 
 def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int) -> None:
@@ -499,10 +620,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.test_speed:
         report_speed(args, model, device, amp_dtype)
 
-    def test(module: nn.Module, header: str) -> dict[str, float]:
+    def test(module: nn.Module, header: str, keep_rate: float | None = None) -> dict[str, float]:
         share_batchnorm_statistics(module)
         stats = evaluate(model=module, loader=val_loader, device=device, amp_dtype=amp_dtype,
-                         sharded=args.dist_eval, header=header)  # fmt: skip
+                         sharded=args.dist_eval, keep_rate=keep_rate, header=header)  # fmt: skip
         splits.val.log_bad_images()
         return stats
 
@@ -527,6 +648,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         num_classes=splits.num_classes,
     ) if mixed else None  # fmt: skip
     criterion = create_criterion(mixed=mixed, smoothing=args.smoothing)
+    teacher = None
+    if args.distillation_type != 'none':
+        if not hasattr(model, 'set_distilled_training'):
+            raise UsageError(f'--distillation-type {args.distillation_type} needs a model with a second head, such as '
+                             f'dhvt_tiny_cifar_patch4_distilled; {args.model} has one')  # fmt: skip
+        model.set_distilled_training(True)  # type: ignore[operator]
+        with in_turn(process):
+            teacher = create_teacher(args, splits.num_classes).to(device)
+        check_output(teacher, name=args.teacher_model or 'regnety_160', input_size=args.input_size,
+                     num_classes=splits.num_classes)  # fmt: skip
+        criterion = DistillationLoss(
+            criterion,
+            kind=args.distillation_type,
+            alpha=0.5 if args.distillation_alpha is None else args.distillation_alpha,
+            tau=args.distillation_tau or 1.0,
+        )
+    keep_rates = None
+    if keeps_tokens_by_rate(args.model):
+        keep_rates = evit.KeepRateSchedule(
+            base_keep_rate=0.7 if args.base_keep_rate is None else args.base_keep_rate,
+            start_epoch=10 if args.shrink_start_epoch is None else args.shrink_start_epoch,
+            epochs=args.shrink_epochs or 0,
+        )
     train_mode = not args.finetune if args.train_mode is None else args.train_mode
 
     synchronized: nn.Module = model
@@ -589,9 +733,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             model_ema=model_ema,
             mixup_fn=mixup_fn,
             train_mode=train_mode,
+            teacher=teacher,
+            keep_rate=partial(keep_rates, epoch, steps=len(train_loader)) if keep_rates is not None else None,
         )
+        keep_rate = train_stats.pop('keep_rate', None)
         train_split.log_bad_images()
-        test_stats = test(model, 'Test')
+        test_stats = test(model, 'Test', keep_rate)
         if not math.isfinite(test_stats['loss']):
             raise NonFiniteLossError(
                 f'the test loss is {test_stats["loss"]} after epoch {epoch}, with learning rate '
@@ -601,12 +748,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         line = {f'train_{name}': value for name, value in train_stats.items()}
         line |= {f'test_{name}': value for name, value in test_stats.items() if name != 'images'}
         if model_ema is not None:
-            ema_stats = test(copy.deepcopy(model_ema.module).to(device), 'Test of the moving average')
+            ema_stats = test(copy.deepcopy(model_ema.module).to(device), 'Test of the moving average', keep_rate)
             line |= {f'ema_test_{name}': value for name, value in ema_stats.items() if name != 'images'}
             log(f'  moving average: acc@1 {ema_stats["acc1"]:.4f}')
         is_best = test_stats['acc1'] > best
         best = max(best, test_stats['acc1'])
         line |= {'max_accuracy': best, 'epoch': epoch, 'n_parameters': num_parameters}
+        if keep_rate is not None:
+            line['keep_rate'] = keep_rate
         if epoch + 1 > args.lr_delay_epochs:
             scheduler.step(epoch + 1 - args.lr_delay_epochs, test_stats['loss'])
         output.save(
@@ -618,6 +767,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 'scaler': scaler.state_dict(),
                 'epoch': epoch,
                 'max_accuracy': best,
+                'keep_rate': keep_rate,
                 'args': vars(args),
             },
             best=is_best,

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Trains DHVT from scratch:  bash run_code.sh [RECIPE] [further flags of main.py]
+# Trains DHVT, DeiT or EViT from scratch:  bash run_code.sh [RECIPE] [further flags of main.py]
 #
 # RECIPE                total batch    learning rate   warm-up   epochs   published top-1
 #                       T / S          (per 512)                          DHVT-T / DHVT-S
 # digits (default)      64             8e-3            1         12       none; 99.4 here, 2 minutes on 2 CPU cores
 # cifar100, cifar10     512 / 256      1e-3            5         300      cifar100: 80.93 / 82.91 (patch 4)
 # imagenet              512            5e-4            10        300      76.5 / 82.3
+# deit                  1024           5e-4            5         300      DeiT-S on ImageNet: 79.8
+# evit                  2048           5e-4            5         300      EViT/0.7-DeiT-S on ImageNet, fused: 79.5
 # clipart, infograph, painting, quickdraw, real, sketch
 #                       256 / 128      1e-3            20        300      clipart: 71.73 / 73.89
 # folder                256 / 128      1e-3            20        300      your images, in DATA/{train,val}/CLASS/;
 #                       other data sets by --data-set (README.md, Data)
 #
-# Published values: DHVT (NeurIPS 2022), tables 3, 4 and 13 and appendix. Everything that they leave to main.py's
-# defaults is DeiT's: AdamW, cosine, weight decay 0.05, RandAugment, mixup, cutmix, erasing, repeated augmentation.
+# Published values: DHVT (NeurIPS 2022), tables 3, 4 and 13 and appendix; DeiT (ICML 2021), EViT (ICLR 2022).
+# Everything that they leave to main.py's defaults is DeiT's: AdamW, cosine, weight decay 0.05, RandAugment, mixup, cutmix, erasing, repeated augmentation.
 #
 # From the environment: MODEL (a ..._small_... one takes S's batch), DATA, OUTPUT, NPROC (all GPUs, or one CPU
 # process), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, ACCUM (batches a step, where memory is short), PYTHON,
@@ -42,6 +44,15 @@ case $recipe in
     imagenet)
         model=dhvt_tiny_imagenet_patch16 total=512
         flags=(--input-size 224 --epochs 300 --lr 5e-4 --warmup-epochs 10)
+        ;;
+    deit)
+        model=deit_small_patch16_224 total=1024
+        flags=(--input-size 224 --epochs 300 --lr 5e-4 --warmup-epochs 5)
+        ;;
+    evit)
+        model=deit_small_patch16_shrink_base total=2048
+        flags=(--input-size 224 --epochs 300 --lr 5e-4 --warmup-epochs 5 --base_keep_rate 0.7 --fuse_token
+            --shrink_start_epoch 10 --shrink_epochs 100)
         ;;
     *)
         model=dhvt_tiny_domain_patch16 total=256 total_small=128

@@ -1,5 +1,5 @@
 """Importing this package registers the project's models with timm."""
 
-from . import dhvt
+from . import deit, dhvt, evit
 
-__all__ = ['dhvt']
+__all__ = ['deit', 'dhvt', 'evit']

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['DHVT']
+__all__ = ['DHVT', 'DistilledDHVT']
 
 Grid = tuple[int, int]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -112,7 +112,8 @@ class HeadInteractedAttention(nn.Module):
 
     A head token is a projection of that head's share of the mean token. The h of them attend and are attended to
     beside the class and patch tokens; afterwards their mean is added to the class token and they are dropped.
-    Maps (B, 1+N, D), the class token first, to the same shape. `proj_drop` acts on the result.
+    Maps (B, 1+N, D), the class token first, to the same shape. `proj_drop` acts on the result. Any distillation token
+    after the class token is treated as that is.
 
     Raises:
         ValueError: if the number of heads does not divide the width.
@@ -126,8 +127,10 @@ class HeadInteractedAttention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        num_prefix_tokens: int = 1,
     ) -> None:
         super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'embedding width {dim} is not divisible by {num_heads} heads')
         self.num_heads = num_heads
@@ -161,15 +164,18 @@ class HeadInteractedAttention(nn.Module):
             attn = (q @ k.transpose(-2, -1)) * self.scale  # (B, h, T, T)
             x = self.attn_drop(attn.softmax(dim=-1)) @ v  # (B, h, T, d)
         x = self.proj(rearrange(x, 'b h t d -> b t (h d)'))  # (B, 1+N+h, D)
-        cls_token, patches, heads = x.split([1, num_tokens - 1, self.num_heads], dim=1)
-        return self.proj_drop(torch.cat([cls_token + heads.mean(dim=1, keepdim=True), patches], dim=1))
+        prefix, patches, heads = x.split(
+            [self.num_prefix_tokens, num_tokens - self.num_prefix_tokens, self.num_heads], dim=1
+        )
+        return self.proj_drop(torch.cat([prefix + heads.mean(dim=1, keepdim=True), patches], dim=1))
 
 
 class DynamicAggregationFeedForward(nn.Module):
     """DAFF: a convolutional feed-forward on the patch tokens that re-calibrates the class token. Paper §3.2, eqs. 4, 5.
 
     The class token passes by the convolutions and is multiplied by channel weights made from the mean of the patch
-    tokens that leave them. Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape.
+    tokens that leave them. Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape. Any distillation token
+    after the class token is treated as that is.
     """
 
     def __init__(
@@ -179,8 +185,10 @@ class DynamicAggregationFeedForward(nn.Module):
         hidden_dim: int,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[[], nn.Module] = nn.GELU,
+        num_prefix_tokens: int = 1,
     ) -> None:
         super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
         # Published code: all three convolutions have a bias, though a norm follows each.
         self.conv1 = nn.Conv2d(dim, hidden_dim, kernel_size=1)
         self.bn1 = norm_layer(hidden_dim)
@@ -193,14 +201,14 @@ class DynamicAggregationFeedForward(nn.Module):
         self.excitation = nn.Linear(dim // 4, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        cls_token, patches = x[:, :1], x[:, 1:]
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         x = rearrange(patches, 'b (h w) d -> b d h w', h=grid[0])  # (B, D, H/P, W/P), channels last in memory
         x = self.act(self.bn1(self.conv1(x)))  # (B, hidden, H/P, W/P)
         x = x + self.act(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))  # (B, D, H/P, W/P)
         patches = rearrange(x, 'b d h w -> b (h w) d')  # (B, N, D)
         weight = self.excitation(self.act(self.compress(patches.mean(dim=1, keepdim=True))))  # (B, 1, D); no sigmoid
-        return torch.cat([cls_token * weight, patches], dim=1)
+        return torch.cat([prefix * weight, patches], dim=1)
 
 
 class DHVTBlock(nn.Module):
@@ -219,14 +227,16 @@ class DHVTBlock(nn.Module):
         norm_layer: Callable[[int], nn.Module] = LayerNorm,
         attn_layer: Callable[..., nn.Module] = HeadInteractedAttention,
         mlp_layer: Callable[..., nn.Module] = DynamicAggregationFeedForward,
+        num_prefix_tokens: int = 1,
     ) -> None:
         super().__init__()
+        prefix = {'num_prefix_tokens': num_prefix_tokens} if num_prefix_tokens > 1 else {}
         self.norm1 = norm_layer(dim)
         self.attn = attn_layer(
-            dim=dim, num_heads=num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
+            dim=dim, num_heads=num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **prefix
         )
         self.norm2 = norm_layer(dim)
-        self.mlp = mlp_layer(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.mlp = mlp_layer(dim=dim, hidden_dim=int(dim * mlp_ratio), **prefix)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -275,6 +285,8 @@ class DHVT(nn.Module):
             patch size that is no power of two, no blocks, or an unknown `global_pool`.
     """
 
+    num_prefix_tokens = 1
+
     def __init__(
         self,
         *,
@@ -304,7 +316,6 @@ class DHVT(nn.Module):
         self.global_pool = global_pool
         self.in_chans = in_chans
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.num_prefix_tokens = 1
         self.grad_checkpointing = False
 
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
@@ -321,6 +332,7 @@ class DHVT(nn.Module):
                 norm_layer=norm_layer,
                 attn_layer=attn_layer,
                 mlp_layer=mlp_layer,
+                num_prefix_tokens=self.num_prefix_tokens,
             )
             for i in range(depth)
         )
@@ -328,7 +340,7 @@ class DHVT(nn.Module):
             {'num_chs': embed_dim, 'reduction': patch_size, 'module': f'blocks.{i}'} for i in range(depth)
         ]
         self.norm = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(self._init_weights)
@@ -358,7 +370,10 @@ class DHVT(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that sort parameters into layers, for layer-wise learning rates."""
-        return {'stem': r'^cls_token|^patch_embed', 'blocks': [(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]}
+        return {
+            'stem': r'^cls_token|^dist_token|^patch_embed',
+            'blocks': [(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -375,10 +390,13 @@ class DHVT(nn.Module):
             self._check_pool(global_pool)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        old = next(self.norm.parameters())
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = self._new_head()
+
+    def _new_head(self) -> nn.Module:
+        head = nn.Linear(self.embed_dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
         head.apply(self._init_weights)
-        self.head = head.to(device=old.device, dtype=old.dtype)
+        old = self.cls_token
+        return head.to(device=old.device, dtype=old.dtype)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Declares another image size, in pixels. Nothing has to be resampled: no parameter depends on it."""
@@ -386,7 +404,11 @@ class DHVT(nn.Module):
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
         patches, grid = self.patch_embed(x)
-        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1), grid  # (B, 1+N, D)
+        prefix = self._prefix_tokens().expand(patches.shape[0], -1, -1)
+        return torch.cat([prefix, patches], dim=1), grid  # (B, 1+N, D)
+
+    def _prefix_tokens(self) -> Tensor:
+        return self.cls_token
 
     def _block(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
@@ -434,8 +456,8 @@ class DHVT(nn.Module):
             x = self._block(block, x, grid)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
-        prefixes = [y[:, :1] for y in taken]
-        intermediates = [y[:, 1:] for y in taken]
+        prefixes = [y[:, : self.num_prefix_tokens] for y in taken]
+        intermediates = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == 'NCHW':
             intermediates = [rearrange(y, 'b (h w) d -> b d h w', h=grid[0]).contiguous() for y in intermediates]
         result = list(zip(intermediates, prefixes, strict=True)) if return_prefix_tokens else intermediates
@@ -466,11 +488,62 @@ class DHVT(nn.Module):
         if self.global_pool == 'token':
             x = x[:, 0]
         elif self.global_pool == 'avg':
-            x = x[:, 1:].mean(dim=1)
+            x = x[:, self.num_prefix_tokens :].mean(dim=1)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+class DistilledDHVT(DHVT):
+    """DHVT with a distillation token after the class token and a head on it, as DeiT (Touvron et al. 2021) has them.
+
+    This project's own: the paper has no distilled model. Attention and feed-forward treat both tokens alike. After
+    `set_distilled_training()`, `forward` gives the logits of both heads in training mode, and otherwise their mean.
+
+    Args:
+        global_pool: 'token', and no other: the heads read the two tokens.
+    """
+
+    num_prefix_tokens = 2
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.head_dist = self._new_head()
+        self.distilled_training = False
+        trunc_normal_(self.dist_token, std=0.02)
+
+    @staticmethod
+    def _check_pool(global_pool: str) -> None:
+        if global_pool != 'token':
+            raise ValueError(f"a distilled model's global_pool must be 'token', not {global_pool!r}")
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Makes `forward` return (class logits, distillation logits) in training mode."""
+        self.distilled_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Any:
+        return self.head, self.head_dist
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts newly initialised heads in place; 0 classes remove them."""
+        super().reset_classifier(num_classes, global_pool)
+        self.head_dist = self._new_head()
+
+    def _prefix_tokens(self) -> Tensor:
+        return torch.cat([self.cls_token, self.dist_token], dim=1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """(B, 2+N, D) -> logits (B, num_classes), a pair of them, or with `pre_logits` the tokens' mean (B, D)."""
+        if pre_logits:
+            return x[:, :2].mean(dim=1)
+        logits, logits_dist = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        if self.distilled_training and self.training:
+            return logits, logits_dist
+        return (logits + logits_dist) / 2
 
 
 def _cfg(*, size: int, num_classes: int) -> dict[str, Any]:
@@ -493,23 +566,27 @@ def _cfg(*, size: int, num_classes: int) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        'dhvt_tiny_cifar_patch4': _cfg(size=32, num_classes=100),
-        'dhvt_small_cifar_patch4': _cfg(size=32, num_classes=100),
-        'dhvt_tiny_cifar_patch2': _cfg(size=32, num_classes=100),
-        'dhvt_small_cifar_patch2': _cfg(size=32, num_classes=100),
-        'dhvt_tiny_domain_patch16': _cfg(size=224, num_classes=345),
-        'dhvt_small_domain_patch16': _cfg(size=224, num_classes=345),
-        'dhvt_tiny_imagenet_patch16': _cfg(size=224, num_classes=1000),
-        'dhvt_small_imagenet_patch16': _cfg(size=224, num_classes=1000),
-    }
-)
+_CFGS: dict[str, Any] = {
+    'dhvt_tiny_cifar_patch4': _cfg(size=32, num_classes=100),
+    'dhvt_small_cifar_patch4': _cfg(size=32, num_classes=100),
+    'dhvt_tiny_cifar_patch2': _cfg(size=32, num_classes=100),
+    'dhvt_small_cifar_patch2': _cfg(size=32, num_classes=100),
+    'dhvt_tiny_domain_patch16': _cfg(size=224, num_classes=345),
+    'dhvt_small_domain_patch16': _cfg(size=224, num_classes=345),
+    'dhvt_tiny_imagenet_patch16': _cfg(size=224, num_classes=1000),
+    'dhvt_small_imagenet_patch16': _cfg(size=224, num_classes=1000),
+}
+_CFGS |= {f'{name}_distilled': {**cfg, 'classifier': ('head', 'head_dist')} for name, cfg in _CFGS.items()}
+default_cfgs = generate_default_cfgs(_CFGS)
 
 
 def _create_dhvt(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> DHVT:
     return build_model_with_cfg(
-        DHVT, variant, pretrained, feature_cfg={'out_indices': 3, 'feature_cls': 'getter'}, **{**defaults, **kwargs}
+        DistilledDHVT if variant.endswith('_distilled') else DHVT,
+        variant,
+        pretrained,
+        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
+        **{**defaults, **kwargs},
     )
 
 
@@ -567,3 +644,59 @@ def dhvt_small_imagenet_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT
     """DHVT-S for ImageNet, patch 16, 224 px: 24.0M parameters, 5.05 G multiply-adds."""
     defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 1000}
     return _create_dhvt('dhvt_small_imagenet_patch16', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_tiny_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T, patch 4, 32 px, with a distillation token."""
+    defaults = {'img_size': 32, 'patch_size': 4, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100}
+    return _create_dhvt('dhvt_tiny_cifar_patch4_distilled', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_small_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S, patch 4, 32 px, with a distillation token."""
+    defaults = {'img_size': 32, 'patch_size': 4, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100}
+    return _create_dhvt('dhvt_small_cifar_patch4_distilled', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_tiny_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T, patch 2, 32 px, with a distillation token."""
+    defaults = {'img_size': 32, 'patch_size': 2, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100}
+    return _create_dhvt('dhvt_tiny_cifar_patch2_distilled', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_small_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S, patch 2, 32 px, with a distillation token."""
+    defaults = {'img_size': 32, 'patch_size': 2, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100}
+    return _create_dhvt('dhvt_small_cifar_patch2_distilled', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_tiny_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T for DomainNet, patch 16, 224 px, with a distillation token."""
+    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 345}
+    return _create_dhvt('dhvt_tiny_domain_patch16_distilled', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_small_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S for DomainNet, patch 16, 224 px, with a distillation token."""
+    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 345}
+    return _create_dhvt('dhvt_small_domain_patch16_distilled', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_tiny_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T for ImageNet, patch 16, 224 px, with a distillation token."""
+    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 192, 'num_heads': 3, 'num_classes': 1000}
+    return _create_dhvt('dhvt_tiny_imagenet_patch16_distilled', pretrained, defaults, kwargs)
+
+
+@register_model
+def dhvt_small_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S for ImageNet, patch 16, 224 px, with a distillation token."""
+    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 1000}
+    return _create_dhvt('dhvt_small_imagenet_patch16_distilled', pretrained, defaults, kwargs)

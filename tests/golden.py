@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 DHVT: dict[str, Any] = json.loads((HERE / 'golden_dhvt.json').read_text())
+DEIT_EVIT: dict[str, Any] = json.loads((HERE / 'golden_deit_evit.json').read_text())
 RASAMPLER: dict[str, Any] = json.loads((HERE / 'golden_rasampler.json').read_text())
 
 

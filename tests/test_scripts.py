@@ -87,6 +87,40 @@ def test_published_finetuning(tmp_path: Path) -> None:
     assert 'usage' in script('finetune.sh', expect=2)
 
 
+def test_deit_and_evit_recipes(tmp_path: Path) -> None:
+    common = {'data_set': 'IMNET', 'input_size': 224, 'epochs': 300, 'lr': 5e-4, 'warmup_epochs': 5}
+    evit = {'base_keep_rate': 0.7, 'fuse_token': True, 'shrink_start_epoch': 10, 'shrink_epochs': 100}
+    for recipe, expected in (
+        ('deit', {**common, 'model': 'deit_small_patch16_224', 'batch_size': 128, 'base_keep_rate': None}),
+        ('evit', {**common, **evit, 'model': 'deit_small_patch16_shrink_base', 'batch_size': 256}),
+    ):
+        _, flags = flags_of(script('run_code.sh', recipe, NPROC='8'))
+        assert {name: flags[name] for name in expected} == expected
+    (tmp_path / 'a.pth').touch()
+    _, flags = flags_of(script('finetune.sh', str(tmp_path / 'a.pth'), 'evit', NPROC='8'))
+    tuned = {'lr': 2e-5, 'min_lr': 2e-6, 'weight_decay': 1e-6, 'warmup_epochs': 0, 'epochs': 30, 'batch_size': 256}
+    tuned |= {'base_keep_rate': 0.7, 'fuse_token': True, 'shrink_start_epoch': 0, 'shrink_epochs': 0}
+    assert {name: flags[name] for name in tuned} == tuned
+    _, flags = flags_of(script('finetune.sh', str(tmp_path / 'a.pth'), 'deit'))
+    assert flags['model'] == 'deit_small_patch16_224'
+
+
+def test_deit_and_evit_recipes_run(tmp_path: Path) -> None:
+    """On digits, which are real and small: a DeiT, then an EViT from its weights, then one from scratch."""
+    small = ['--data-set', 'DIGITS', '--input-size', '16', '--batch-size', '128', '--epochs', '1', '--num_workers', '0']
+    small += ['--model-kwargs', 'embed_dim=48', 'depth=4', 'num_heads=3', 'patch_size=4', '--device', 'cpu']
+    blocks = ['--drop_loc', '1', '2', '--shrink_start_epoch', '0']
+
+    def run(name: str, *argv: str) -> str:
+        out = str(tmp_path / f'{len(list(tmp_path.iterdir()))}')
+        return script(name, *argv, *small, DRY_RUN='', OUTPUT=out, OMP_NUM_THREADS='1')
+
+    assert 'Training time' in run('run_code.sh', 'deit')
+    text = run('finetune.sh', str(tmp_path / '0' / 'checkpoint.pth'), 'evit', *blocks)
+    assert 'Training time' in text and 'missing' not in text and 'dropped' not in text
+    assert 'Training time' in run('run_code.sh', 'evit', *blocks)
+
+
 def test_default_and_further_flags() -> None:
     _, flags = flags_of(script('run_code.sh', '--epochs', '3', '--seed', '7'))
     assert (flags['data_set'], flags['epochs'], flags['seed']) == ('DIGITS', 3, 7)

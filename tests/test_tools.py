@@ -1,0 +1,90 @@
+"""The commands in tools/: what they draw and print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import models  # noqa: F401
+from main import main as train
+from tests.conftest import PLAIN
+from tests.test_deit_evit import EVIT
+from tools import benchmark, benchmark_data, visualize
+from tools.visualize import DROPPED, FUSED, KEPT, find_states
+
+
+@pytest.mark.parametrize(('fuse', 'taken'), [(True, FUSED), (False, DROPPED)])
+def test_states_are_those_of_the_forward_pass(fuse: bool, taken: int) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'deit_tiny_patch16_shrink_base', img_size=(24, 32), patch_size=4, embed_dim=48, depth=4, drop_loc=(1, 2),
+        base_keep_rate=0.5, fuse_token=fuse,
+    ).eval()  # fmt: skip
+    image = torch.randn(1, 3, 24, 32)
+    states = find_states(model, image)
+    assert list(states) == [1, 2] and states[1].shape == (6, 8)
+    assert (states[1] == KEPT).sum() == 24 and (states[1] == taken).sum() == 24
+    _, kept = model.forward_kept(image)
+    assert set(np.flatnonzero(states[1] == KEPT)) == set(kept[1].indices[0].tolist())
+    # After the second block, a kept token is a patch kept by the first one, or its fused token.
+    second = {int(kept[1].indices[0, token]) for token in kept[2].indices[0].tolist() if token < 24}
+    assert set(np.flatnonzero(states[2] == KEPT)) == second
+    assert np.all(states[2][states[1] != KEPT] == taken)
+
+
+def test_evit_mask(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = [*PLAIN, '--data-set', 'DIGITS', '--batch-size', '128', *EVIT, '--base_keep_rate', '0.5', '--epochs', '1']
+    train([*flags, '--output_dir', str(tmp_path / 'run')])
+    checkpoint = str(tmp_path / 'run' / 'checkpoint.pth')
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(100, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f'{number}.png')
+    names = [str(tmp_path / f'{number}.png') for number in range(3)]
+    out = tmp_path / 'new' / 'mask.png'
+    visualize.main(['evit-mask', checkpoint, *names, '--out', str(out)])
+    assert 'blocks 1, 2' in capsys.readouterr().out
+    with Image.open(out) as sheet:
+        assert sheet.size == (3 * 22 + 6, 3 * (16 + 16 + 6) + 6)
+        rows = np.asarray(sheet.convert('L')).astype(float)
+    tops = [6 + row * 38 + 16 for row in range(3)]
+    brightness = [rows[top : top + 16, 6:22].mean() for top in tops]
+    assert brightness[0] > brightness[1] > brightness[2]  # each block takes some away
+    for argv, message, code in (
+        ([checkpoint, str(tmp_path / 'absent.png')], 'absent.png: No such file', 1),
+        ([checkpoint, checkpoint], 'cannot be read as an image', 1),
+        ([names[0], names[0]], 'is damaged, or no checkpoint', 1),
+        ([checkpoint, names[0], '--base_keep_rate', '1'], 'no block of this model drops tokens', 2),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            visualize.main(['evit-mask', *argv, '--out', str(out)])
+        err = capsys.readouterr().err
+        assert stop.value.code == code and err.count('\n') == 1 and message in err, err
+
+
+def test_benchmark_of_models(capsys: pytest.CaptureFixture) -> None:
+    names = ['deit_tiny_cifar_patch4:depth=1', 'dhvt_tiny_cifar_patch4:depth=1']
+    benchmark.main([*names, '--input-size', '32', '--batch-size', '2', '--rounds', '2', '--device', 'cpu'])
+    rows = [line for line in capsys.readouterr().out.splitlines() if 'depth=1' in line]
+    assert len(rows) == 4 and all(line.endswith('| 1.00 |') for line in rows[::2])
+    for argv in (['nothing'], ['resnet18:depth'], ['dhvt_tiny_cifar_patch4:depth=0']):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main([*argv, '--device', 'cpu'])
+        assert stop.value.code == 2 and capsys.readouterr().err.count('\n') == 1
+
+
+def test_benchmark_of_data(make_folder, capsys: pytest.CaptureFixture) -> None:  # type: ignore[no-untyped-def]
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=8)
+    benchmark_data.main(['speed', str(root), '--rounds', '1', '--workers', '1'])
+    rows = [line for line in capsys.readouterr().out.splitlines() if '| 1 |' in line]
+    assert len(rows) == 9 and sum('| ImageFolder |' in line for line in rows) == 3
+    assert sorted(path.name for path in root.iterdir()) == ['train', 'val']
+    with pytest.raises(SystemExit) as stop:
+        benchmark_data.main(['speed'])
+    assert stop.value.code == 2
+    benchmark_data.main(['memory', '--images', '2000'])
+    assert capsys.readouterr().out.count('| 2,000 |') == 12  # the small data set and the large one are the same here
