@@ -31,7 +31,7 @@ from layouts import (
     note_lacking,
 )
 from lmdb_dataset import ImageFolderLMDB
-from utils import InputError, UsageError, one_line
+from utils import InputError, UsageError, one_line, shorten
 
 SMALL_IMAGE = 32  # pixels; up to here a random crop with padding replaces the random resized crop
 
@@ -102,6 +102,9 @@ class FileDataset(ImageDataset):
     def _raw(self, position: int) -> bytes:
         with open(self._path(position), 'rb') as file:
             return file.read()
+
+    def file_size(self, index: int) -> int:
+        return Path(self.path(index)).stat().st_size
 
 
 class ArrayDataset(ImageDataset):
@@ -184,6 +187,9 @@ def _find_layout(name: str, root: Path, *, train: bool, data_layout: str, inat_c
     by_lists = data_layout != 'folder' and (domain is not None or name == 'FOLDER')
     lists = find_lists(root, domain) if by_lists else None
     folder = root / name if domain and not has_folders(root, train=train) else root
+    complete = lists is not None and lists.train.is_file() and lists.test.is_file()
+    if data_layout == 'auto' and not complete and has_folders(folder, train=train):
+        lists = None  # a list alone says nothing about the folders beside it
     if lists is None:
         if data_layout == 'lists':
             wanted = domain or '<domain>'
@@ -252,6 +258,7 @@ def build_datasets(
     skip_bad_images: bool = False,
     train_fraction: float = 1.0,
     train_fraction_seed: int = 0,
+    known_classes: Sequence[str] | None = None,
 ) -> Splits:
     """Builds a data set of the table with one class map for both splits.
 
@@ -267,6 +274,7 @@ def build_datasets(
         use_lmdb, verify_records: read LMDB files; compare each record with its checksum.
         skip_bad_images: train with the next good image instead of stopping, and leave bad ones out of evaluation.
         train_fraction, train_fraction_seed: see `stratified_part`.
+        known_classes: class names in the order of a trained head, which the labels then follow if it has them all.
 
     Raises:
         InputError: if the data is missing or has more classes than the head.
@@ -290,8 +298,10 @@ def build_datasets(
         val_split: ImageDataset = _open_lmdb(folder / 'val.lmdb', name, inat_category, verify_records, val_options)
         if train:
             train_split = _open_lmdb(folder / 'train.lmdb', name, inat_category, verify_records, train_options)
+            notes += note_lacking(folder / 'train.lmdb', train_split.targets.tolist(), train_split.classes)
             if train_split.classes != val_split.classes:
                 raise InputError(f'{folder}: train.lmdb and val.lmdb have different classes: build them together')
+        notes += note_lacking(folder / 'val.lmdb', val_split.targets.tolist(), val_split.classes)
     elif info.kind == 'digits':
         train_split = load_digits(train=True, transform=train_transform) if train else None
         val_split = load_digits(train=False, transform=val_transform)
@@ -315,6 +325,17 @@ def build_datasets(
         notes.append(f'{len(train_split)} of {whole} training images are used: --train-fraction {train_fraction}')
         notes += note_lacking('that part', train_split.targets.tolist(), train_split.classes)
 
+    if known_classes is not None and list(known_classes) != val_split.classes:
+        if set(val_split.classes) <= set(known_classes):
+            for dataset in filter(None, (train_split, val_split)):
+                dataset.relabel(known_classes)
+            notes.append(
+                f"{where} numbers its classes otherwise than the checkpoint: the checkpoint's numbers are used"
+            )
+        else:
+            others = [name for name in val_split.classes if name not in known_classes]
+            notes.append(f'{where} has classes that the checkpoint has not ({shorten(others)}): '
+                         'labels are compared by their numbers')  # fmt: skip
     classes = val_split.classes
     head = num_classes or info.num_classes or len(classes)
     if len(classes) > head:

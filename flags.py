@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -100,6 +101,9 @@ def one_line_errors(program: str) -> Iterator[None]:
     Raises:
         SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')  # names of files may be anything
     try:
         yield
     except InputError as err:

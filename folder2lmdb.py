@@ -40,7 +40,7 @@ def build(
         assert dataset is not None
         path = folder / f'{split}.lmdb'
         if path.exists() and not overwrite:
-            stored = ImageFolderLMDB(path)
+            stored = ImageFolderLMDB(path)  # whose errors name --overwrite
             if (stored.data_set, stored.inat_category) != (data_set, inat_category) or not same_images(dataset, stored):
                 raise InputError(
                     f'{path} exists and holds other images ({stored.data_set}): '

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -47,7 +48,11 @@ def _images_below(folder: Path) -> list[str]:
     """The images in a folder and those below it, relative to it, in torchvision's order; hidden ones are left out."""
     found = []
     extensions = image_extensions()
-    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
+
+    def fail(error: OSError) -> None:
+        raise InputError(f'{error.filename}: {error.strerror}') from None
+
+    for parent, _, files in sorted(os.walk(folder, followlinks=True, onerror=fail)):
         below = Path(parent).relative_to(folder)
         if not any(part.startswith('.') for part in below.parts):
             found += [(below / name).as_posix() for name in _shown(files) if Path(name).suffix.lower() in extensions]
@@ -142,7 +147,7 @@ def _number_classes(root: Path, found: list[str]) -> list[str]:
     path = root / CLASSES_FILE
     if not path.is_file():
         return found
-    classes = [line.strip() for line in _lines(path) if line.strip()]
+    classes = [line for line in _lines(path) if line.strip()]
     unknown = sorted(set(found) - set(classes))
     if unknown or len(set(classes)) < len(classes):
         problem = f'lacks {count(unknown, "class folder")}' if unknown else 'names a class twice'
@@ -207,7 +212,7 @@ def read_list(path: Path) -> list[tuple[str, int]]:
 def read_lists(lists: Lists) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
     """Reads both lists; one of them may be absent. The class names, in the order of the labels, come from both.
 
-    A label that neither names becomes `class <label>`.
+    A label that neither names gets a name that says so.
 
     Raises:
         InputError: for a list that cannot be read, or lists that disagree about a class.
@@ -224,7 +229,7 @@ def read_lists(lists: Lists) -> tuple[dict[str, list[tuple[str, int]]], list[str
                     if names[label] != name
                     else f'{lists.train} and {lists.test.name} disagree: {name!r} is {labels[name]} and {label}'
                 )
-    return rows, [names.get(label, f'class {label}') for label in range(max(names) + 1)]
+    return rows, [names.get(label, f'label {label}, which no list names') for label in range(max(names) + 1)]
 
 
 def find_listed(lists: Lists, *, train: bool) -> Layout:
@@ -244,6 +249,10 @@ def find_listed(lists: Lists, *, train: bool) -> Layout:
             _require(lists.root, paths, source=source)
             splits[name] = Split(lists.root, paths, targets)
             notes += note_lacking(source, targets, classes)
+    listed = [name for split in rows.values() for name, _ in split]
+    if len(set(listed)) < len(listed):
+        again = [name for name, times in Counter(listed).items() if times > 1]
+        notes.append(f'{lists.train} and {lists.test.name} name {count(again, "image")} more than once')
     return Layout(splits.get('train'), splits['test'], classes, notes)
 
 
@@ -259,7 +268,7 @@ class Listing:
         if folder not in self._found:
             try:
                 self._found[folder] = {entry.name for entry in os.scandir(self.root / folder)}
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError:
                 self._found[folder] = set()
         return name in self._found[folder]
 
@@ -293,16 +302,15 @@ def find_inaturalist(root: Path, *, year: int, category: str, train: bool) -> La
     names = _read_categories(root / 'categories.json', category)
     files = {split: root / f'{split}{year}.json' for split in ('train', 'val')}
     rows = {split: _read_inaturalist(path, names) for split, path in files.items()}
-    classes = list(dict.fromkeys(name for _, name in rows['train'][0]))
+    classes = list(dict.fromkeys(rows['train'][0].values()))
     class_to_idx = {name: index for index, name in enumerate(classes)}
-    unknown = sorted({name for _, name in rows['val'][0]} - set(classes))
+    unknown = sorted(set(rows['val'][0].values()) - set(classes))
     if unknown:
         raise InputError(f'{files["val"]} has {category} {shorten(unknown)}, which {files["train"].name} has not')
     listing = Listing(root)
     splits, notes = {}, []
-    for split, (labelled, images) in rows.items():
+    for split, (label, images) in rows.items():
         if split == 'val' or train:
-            label = dict(labelled)
             absent = [str(number) for number in images if number not in label]
             if absent:
                 raise InputError(f'{files[split]} has no annotation of {count(absent, "image id")}')
@@ -329,13 +337,15 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as err:
         raise InputError(f"{path}: {err.strerror}; it comes with iNaturalist's annotations") from None
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise InputError(f'{path} is no JSON file: {err}') from None
 
 
-def _get(entry: Any, key: str, where: str) -> Any:
+def _get(entry: Any, key: str, where: str, kind: type = int) -> Any:
     if not isinstance(entry, dict) or key not in entry:
         raise InputError(f'{where} has no key {key!r}')
+    if not isinstance(entry[key], kind):
+        raise InputError(f'{where} has {entry[key]!r:.40} as {key!r}')
     return entry[key]
 
 
@@ -351,28 +361,31 @@ def _read_categories(path: Path, category: str) -> dict[int, str]:
         if isinstance(entry, dict) and category not in entry:
             known = [name for name in INAT_CATEGORIES if name in entry]
             raise InputError(f'{path}, entry {index} has no key {category!r}; --inat-category may be {shorten(known)}')
-        names[int(entry.get('id', index)) if isinstance(entry, dict) else index] = str(
-            _get(entry, category, f'{path}, entry {index}')
-        )
+        where = f'{path}, entry {index}'
+        number = _get(entry, 'id', where) if isinstance(entry, dict) and 'id' in entry else index
+        names[number] = _get(entry, category, where, str)
     return names
 
 
-def _read_inaturalist(path: Path, names: dict[int, str]) -> tuple[list[tuple[int, str]], dict[int, str]]:
-    """The image ids and category names of the annotations, and the images' paths by id, both in the file's order."""
+def _read_inaturalist(path: Path, names: dict[int, str]) -> tuple[dict[int, str], dict[int, str]]:
+    """The annotations' category names and the images' paths, both by image id in the file's order."""
     content = _read_json(path)
-    annotations, images = [], {}
-    for index, entry in enumerate(_get(content, 'annotations', str(path))):
+    annotations: dict[int, str] = {}
+    images: dict[int, str] = {}
+    for index, entry in enumerate(_get(content, 'annotations', str(path), list)):
         where = f'{path}, annotation {index}'
         category = _get(entry, 'category_id', where)
         if category not in names:
             raise InputError(f'{where} has category_id {category}, which categories.json has not')
-        annotations.append((_get(entry, 'image_id', where), names[category]))
-    for index, entry in enumerate(_get(content, 'images', str(path))):
+        if annotations.setdefault(_get(entry, 'image_id', where), names[category]) != names[category]:
+            raise InputError(f'{where} gives image {entry["image_id"]} a second category')
+    for index, entry in enumerate(_get(content, 'images', str(path), list)):
         where = f'{path}, image {index}'
-        file_name = str(_get(entry, 'file_name', where))
+        file_name = _get(entry, 'file_name', where, str)
         if file_name.startswith('/') or '..' in file_name.split('/'):
             raise InputError(f'{where}: {file_name!r} leaves its folder')
-        images[_get(entry, 'id', where)] = file_name
+        if images.setdefault(_get(entry, 'id', where), file_name) != file_name:
+            raise InputError(f'{where} has the id of another image, {entry["id"]}')
     if not images:
         raise InputError(f'{path} has no images')
     return annotations, images

@@ -19,11 +19,13 @@ import fcntl
 import json
 import math
 import os
+import shutil
+import signal
 import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,9 @@ from images import ImageDataset, Transform
 from utils import InputError, one_line, shorten
 
 FORMAT, VERSION = 'image records', 1
+REBUILD = 'build it again with folder2lmdb.py --overwrite'
 HEADER, INDEX = b'header', b'index'  # after the numbers, whose first bytes are zero
-CHUNK = 256  # images that a reader process hands over at once
+CHUNK_IMAGES, CHUNK_BYTES = 256, 4 * 2**20  # what a reader process hands over at once, whichever comes first
 COMMIT_IMAGES, COMMIT_BYTES = 5000, 64 * 2**20  # of a transaction, whichever comes first
 GROWTH = 256 * 2**20  # bytes by which the map grows at least
 
@@ -58,8 +61,8 @@ def _reason(error: lmdb.Error, path: Path) -> str:
 class _Store:
     """An open database: one for each file and process, shared by its data sets.
 
-    Its transaction stays open as long as it does, so buffers are handed out without a copy. Everything that points
-    into the database's memory stays inside this object, and goes before the database is closed.
+    Its transaction stays open as long as it does, so records are read without a copy. What points into the database's
+    memory is used by this module and the decoder alone, and not after the database is closed.
     """
 
     def __init__(self, path: Path, *, check_index: bool) -> None:
@@ -70,23 +73,36 @@ class _Store:
             self.header = self._read_header(path)
             index = self.txn.get(INDEX)
             if index is None:
-                raise InputError(f'{path} has no index: it is damaged; build it again with folder2lmdb.py')
+                raise InputError(f'{path} has no index: it is damaged; {REBUILD}')
             if check_index and zlib.crc32(index) != self.header['index_crc32']:
-                raise InputError(f'{path}: its index was altered after it was written; build it again')
+                raise InputError(f'{path}: its index was altered after it was written; {REBUILD}')
             buffer = pa.py_buffer(index)
             if buffer.address % 8:  # tables of a few images do not get pages of their own
                 buffer = pa.py_buffer(bytes(index))
-            try:
-                table = pa.ipc.open_stream(buffer).read_all().combine_chunks()
-                self.classes: list[str] = json.loads(table.schema.metadata[b'classes'])
-                self.paths = table['path'].chunk(0)
-                self.labels, self.sizes, self.checksums = (
-                    table[name].chunk(0).to_numpy() for name in ('label', 'size', 'crc32')
-                )
-            except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as err:
-                raise InputError(f'{path} has a damaged index ({one_line(err)}): build it again') from None
+            table = pa.ipc.open_stream(buffer).read_all().combine_chunks()
+            self.classes: list[str] = json.loads(table.schema.metadata[b'classes'])
+            self.paths = table['path'].chunk(0)
+            self.labels, self.sizes, self.checksums = (
+                table[name].chunk(0).to_numpy() for name in ('label', 'size', 'crc32')
+            )
+        except (lmdb.Error, pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as err:
+            self.close()
+            raise InputError(f'{path} is damaged ({one_line(err)}): {REBUILD}') from None
         except BaseException:
             self.close()
+            raise
+
+    def get(self, key: bytes) -> memoryview | None:
+        """A record, None if it is missing.
+
+        Raises:
+            lmdb.Error: if its page is damaged; the other records stay readable.
+        """
+        try:
+            return self.txn.get(key)
+        except lmdb.Error:  # after which a transaction is good for nothing
+            self.txn.abort()
+            self.txn = self.env.begin(buffers=True)
             raise
 
     def _read_header(self, path: Path) -> dict[str, Any]:
@@ -95,21 +111,22 @@ class _Store:
             if self.txn.get(b'__keys__') is not None or self.txn.get(b'__len__') is not None:
                 raise InputError(
                     f'{path} is in the old format of pyarrow.serialize, which pyarrow has not had since version 12: '
-                    'build it again from the images with folder2lmdb.py'
+                    f'from the images {REBUILD}'
                 )
             raise InputError(f'{path} is an LMDB database, but none of folder2lmdb.py: it has no header')
         try:
             header = json.loads(bytes(value))
-            version = int(header['version']) if header['format'] == FORMAT else None
+            version = header['version'] if header['format'] == FORMAT else None
         except (ValueError, KeyError, TypeError):
             version = None
-        if version is None:
-            raise InputError(f'{path} has a damaged header: build it again with folder2lmdb.py')
-        if version != VERSION:
+        if isinstance(version, int) and version != VERSION:
             raise InputError(
                 f'{path} is of version {version} of its format, this program reads {VERSION}: '
-                "build it again, or use the program's version that wrote it"
+                f"{REBUILD}, or use the program's version that wrote it"
             )
+        kinds: dict[str, Any] = {'images': int, 'data_set': str, 'inat_category': (str, type(None)), 'index_crc32': int}
+        if version is None or not all(isinstance(header.get(name, 0.0), kind) for name, kind in kinds.items()):
+            raise InputError(f'{path} has a damaged header: {REBUILD}')
         return header
 
     def close(self) -> None:
@@ -159,18 +176,18 @@ def _open(path: Path) -> lmdb.Environment:
     try:
         with open(where, 'rb') as file:
             if not file.read(1):
-                raise InputError(f'{where} is empty: build it again with folder2lmdb.py')
+                raise InputError(f'{where} is empty: {REBUILD}')
         env = lmdb.open(str(where), subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
     except OSError as err:
         raise InputError(f'{where}: {err.strerror}') from None
     except lmdb.Error as err:
-        raise InputError(f'{where} is no LMDB database, or a damaged one: {_reason(err, where)}') from None
+        raise InputError(f'{where} is no LMDB database, or a damaged one ({_reason(err, where)}): {REBUILD}') from None
     page_size, pages = env.stat()['psize'], env.info()['last_pgno'] + 1
     size = where.stat().st_size
     if size < pages * page_size:
         env.close()
         raise InputError(
-            f'{where} is truncated: it has {size:,} of {pages * page_size:,} bytes; copy it again or build it again'
+            f'{where} is truncated: it has {size:,} of {pages * page_size:,} bytes; copy it again or {REBUILD}'
         )
     return env
 
@@ -191,7 +208,7 @@ class ImageFolderLMDB(ImageDataset):
         InputError: if it is missing, not readable, truncated, or of another format or version.
     """
 
-    remedy = 'build the file again'
+    remedy = REBUILD
 
     def __init__(
         self,
@@ -232,17 +249,20 @@ class ImageFolderLMDB(ImageDataset):
         return f'{self.file}: record {position} ({self._name(position)})'
 
     def _raw(self, position: int) -> memoryview:
-        """The record, valid as long as this data set is open in this process."""
+        """The record, without a copy: valid as long as this data set is open in this process."""
         store = self._open()
         try:
-            data = store.txn.get(_key(position))
+            data = store.get(_key(position))
         except lmdb.Error as err:
-            raise InputError(f'{self._where(position)} cannot be read: {one_line(err)}') from None
+            raise ValueError(one_line(err)) from None
         if data is None:
             raise InputError(f'{self._where(position)} is missing: {self.remedy}')
         if len(data) != store.sizes[position] or (self.verify and zlib.crc32(data) != store.checksums[position]):
             raise ValueError('its bytes were altered after it was written')
         return data
+
+    def file_size(self, index: int) -> int:
+        return int(self._open().sizes[self._position(index)])
 
     @property
     def sizes(self) -> np.ndarray:
@@ -259,20 +279,24 @@ class _Chunks(Dataset[tuple[list[bytes], list[int]]]):
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
+        sample = range(0, len(dataset), max(len(dataset) // 64, 1))
+        mean = sum(map(dataset.file_size, sample)) / max(len(sample), 1)
+        self.size = int(min(max(CHUNK_BYTES / max(mean, 1), 1), CHUNK_IMAGES))  # images
 
     def __len__(self) -> int:
-        return math.ceil(len(self.dataset) / CHUNK)
+        return math.ceil(len(self.dataset) / self.size)
 
     def _numbers(self, chunk: int) -> range:
-        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.dataset)))
+        return range(chunk * self.size, min((chunk + 1) * self.size, len(self.dataset)))
 
     def __getitem__(self, chunk: int) -> tuple[list[bytes], list[int]]:
         files = []
         for number in self._numbers(chunk):
             try:
-                files.append(bytes(self.dataset.raw(number)))
-            except OSError as err:
-                raise InputError(f'{self.dataset.path(number)}: {err.strerror or one_line(err)}') from None
+                files.append(self.dataset.raw(number))
+            except (OSError, ValueError) as err:
+                reason = err.strerror if isinstance(err, OSError) else None
+                raise InputError(f'{self.dataset.path(number)}: {reason or one_line(err)}') from None
         return files, [zlib.crc32(file) for file in files]
 
 
@@ -306,13 +330,36 @@ def _end_with_parent(worker: int) -> None:
 
 
 def _read(chunks: _Chunks, workers: int) -> Iterator[Any]:
-    """The chunks in order, read by several processes, which end with this one; few are kept in memory at a time."""
+    """The chunks in order, read by several processes, which end with this one; two for each are kept in memory."""
     try:
         yield from DataLoader(
             chunks, batch_size=None, num_workers=workers, collate_fn=_as_is, worker_init_fn=_end_with_parent
         )
     except RuntimeError as err:  # how the loader reports a process that died
         raise InputError(f'a reader process failed: {one_line(err)}') from None
+
+
+@contextmanager
+def _held_interrupts() -> Iterator[Callable[[], None]]:
+    """Holds Ctrl-C back until the function that this gives is called, so that it does not hit a starting process.
+
+    Raises:
+        KeyboardInterrupt: from that function, if it came.
+    """
+    came: list[int] = []
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _put(env: lmdb.Environment, records: Sequence[tuple[bytes, bytes]]) -> None:
@@ -396,7 +443,13 @@ def write_lmdb(
     checksums: list[int] = []
     records: list[tuple[bytes, bytes]] = []
     waiting = 0
-    with _partial_file(path) as partial, tqdm(total=len(dataset), desc=path.name, unit=' images') as bar:
+    if path.is_dir():
+        raise InputError(f'{path} is a folder: remove it, or choose another with --out')
+    with (
+        _held_interrupts() as check_interrupt,
+        _partial_file(path) as partial,
+        tqdm(total=len(dataset), desc=path.name, unit=' images') as bar,
+    ):
         try:
             # No locks: no reader knows this name. No write map and no sparse file: the file grows as it is written.
             env = lmdb.open(str(partial), subdir=False, lock=False, map_size=GROWTH, sync=False, meminit=False)
@@ -410,10 +463,15 @@ def write_lmdb(
                         _put(env, records)
                         records, waiting = [], 0
                     bar.update(len(files))
+                    check_interrupt()
                 _put(env, [*records, *_describe(dataset, sizes, checksums, data_set, inat_category)])
                 env.sync(True)
+            check_interrupt()
         except lmdb.Error as err:
-            raise InputError(f'cannot write {path}: {_reason(err, partial)}; the unfinished file is removed') from None
+            # LMDB calls a write that a full disk cut short an input/output error.
+            full = shutil.disk_usage(path.parent).free < COMMIT_BYTES
+            reason = 'the disk is full' if full else _reason(err, partial)
+            raise InputError(f'cannot write {path}: {reason}; the unfinished file is removed') from None
     seconds = time.perf_counter() - started
     print(f'{path}: {len(sizes):,} images, {path.stat().st_size / 2**20:,.1f} MiB, '
           f'{len(sizes) / seconds:,.0f} images/s', flush=True)  # fmt: skip
@@ -447,12 +505,13 @@ def _describe(
 
 
 def same_images(dataset: ImageDataset, other: ImageDataset) -> bool:
-    """Whether two data sets have the same paths, labels and classes in the same order."""
+    """Whether two data sets have the same paths, sizes of files, labels and classes in the same order."""
     return (
         len(dataset) == len(other)
         and dataset.classes == other.classes
         and bool(np.array_equal(dataset.targets, other.targets))
         and all(dataset.name(i) == other.name(i) for i in range(len(dataset)))
+        and all(dataset.file_size(i) == other.file_size(i) for i in range(len(dataset)))
     )
 
 

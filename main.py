@@ -77,6 +77,7 @@ RECALLED_FLAGS = (
     *('data_set', 'data_path', 'data_layout', 'inat_category', 'use_lmdb'),
     *('base_keep_rate', 'fuse_token', 'drop_loc'),
 )
+LAYOUT_FLAGS = ('data_layout', 'inat_category', 'use_lmdb')
 EVIT_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
 TEACHER_FLAGS = ('distillation_alpha', 'distillation_tau', 'teacher_model', 'teacher_path')
 
@@ -249,8 +250,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.eval and args.resume:
-        recalled = stored_flags(ckpt.stored_args(ckpt.load(args.resume)))
-        args = parser.parse_args([*recalled, *(sys.argv[1:] if argv is None else argv)])
+        typed = sys.argv[1:] if argv is None else argv
+        typed_names = {arg.partition('=')[0].replace('_', '-') for arg in typed}
+        stored = ckpt.stored_args(ckpt.load(args.resume))
+        if '--data-set' in typed_names:  # how the other one lies says nothing about this one
+            stored = {name: value for name, value in stored.items() if name not in LAYOUT_FLAGS}
+        elif typed_names & {'--use-lmdb', '--no-use-lmdb'}:
+            stored = {**stored, 'data_layout': None}
+        args = parser.parse_args([*stored_flags(stored), *typed])
 
     trains = not args.eval and not args.only_test_speed
     if _mixes(args) and args.batch_size % 2 and trains:
@@ -418,8 +425,12 @@ def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: i
         raise UsageError(f'--model {name} gives {shape} for an image, where a row of {num_classes} logits is needed')
 
 
-def load_splits(args: argparse.Namespace, process: Process) -> Splits:
-    """Builds the data set, one process first where files may have to be downloaded."""
+def load_splits(args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None) -> Splits:
+    """Builds the data set, one process first where files may have to be downloaded.
+
+    Args:
+        known_classes: those of the checkpoint whose head is used, in its order.
+    """
     augmentation = {
         'no_aug': args.no_aug,
         'hflip': args.hflip,
@@ -446,6 +457,7 @@ def load_splits(args: argparse.Namespace, process: Process) -> Splits:
             skip_bad_images=args.on_bad_image == 'skip',
             train_fraction=args.train_fraction,
             train_fraction_seed=args.train_fraction_seed,
+            known_classes=known_classes,
         )
 
 
@@ -601,18 +613,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report_speed(args, model, device, amp_dtype)
         return {}
 
-    splits = load_splits(args, process)
+    source = args.resume or args.finetune
+    loaded: dict[str, Any] = {}
+    if source:
+        with in_turn(process):  # a URL is downloaded once
+            loaded = ckpt.load(source)
+    head_stays = bool(args.resume or args.eval)
+    splits = load_splits(args, process, loaded.get('classes') if head_stays else None)
     train_loader, val_loader = build_loaders(args, splits, process, device)
     for note in splits.notes:
         log(f'Note: {note}')
     model = create_model(args, splits.num_classes).to(device)
     check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes)
-    source = args.resume or args.finetune
     if source:
-        with in_turn(process):  # a URL is downloaded once
-            loaded = ckpt.load(source)
         weights = ckpt.model_weights(loaded, source)
-        if args.resume or args.eval:
+        if head_stays:
             ckpt.load_whole(model, weights, source)
         else:
             for misfit in ckpt.load_fitting(model, weights, source):
@@ -768,6 +783,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 'epoch': epoch,
                 'max_accuracy': best,
                 'keep_rate': keep_rate,
+                'classes': splits.val.classes,
                 'args': vars(args),
             },
             best=is_best,

@@ -20,6 +20,7 @@ from datasets import build_datasets
 from images import BadImageError, PackedStrings, decode, image_extensions
 from main import main
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
+from tests.test_distributed import torchrun
 from utils import InputError
 
 MakeFolder = Callable[..., Path]
@@ -47,6 +48,13 @@ def test_jpegs_have_the_pixels_of_pillow(subsampling: str, progressive: bool, mo
             decoded = decode(given)
             assert decoded.mode == 'RGB'
             np.testing.assert_array_equal(np.asarray(decoded), expected)
+
+
+def test_a_jpeg_that_the_fast_decoder_does_not_know() -> None:
+    """4:4:1: the luminance factors of a 4:2:0 image turned to 1 x 4."""
+    data = bytearray(encode(Image.new('RGB', (32, 32), (200, 30, 90)), 'JPEG', subsampling='4:2:0'))
+    data[data.index(b'\xff\xc0') + 11] = 0x14
+    assert decode(bytes(data)).size == (32, 32)
 
 
 def sixteen_bits(kind: str) -> bytes:
@@ -183,6 +191,16 @@ def test_more_than_one_percent_of_bad_images_fail(make_folder: MakeFolder) -> No
     train = build_datasets('FOLDER', str(root), skip_bad_images=True).train
     with pytest.raises(InputError, match='2 of 120 images cannot be read, more than 1%'):
         list(train)  # type: ignore[call-overload]
+
+
+def test_two_processes_log_each_bad_image_once(make_folder: MakeFolder) -> None:
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=80)
+    break_image(root, 'train/b/7.jpg')
+    break_image(root, 'val/a/9.jpg')
+    flags = [*SMALL_MODEL, *PLAIN, '--data-set', 'FOLDER', '--data-path', str(root), '--epochs', '3', '--dist-eval']
+    text = torchrun(2, [*flags, '--batch-size', '16', '--on-bad-image', 'skip', '--amp', 'off'])
+    assert text.count('Bad image, replaced') == 1 and text.count('Bad image, left out') == 1
+    assert text.count('on the 159 test images') == 3
 
 
 def test_training_skips_a_bad_image_and_evaluation_leaves_it_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,73 @@ def test_flags_that_mean_nothing_for_a_data_set_are_refused(make_folder: MakeFol
         for name in ('IMNET', 'DIGITS'):
             with pytest.raises(UsageError):
                 build_datasets(name, root, **kwargs)
+
+
+def test_inaturalist_of_wrong_types(tmp_path: Path) -> None:
+    root = make_inaturalist(tmp_path)
+    whole = {path: path.read_text() for path in root.glob('*.json')}
+    changes: list[tuple[str, Callable[[Any], Any]]] = [
+        ('train2018.json', lambda content: content.update(annotations=None)),
+        ('train2018.json', lambda content: content.update(images=3)),
+        ('train2018.json', lambda content: content['annotations'][0].update(category_id=[1])),
+        ('train2018.json', lambda content: content['images'][0].update(id='x')),
+        ('train2018.json', lambda content: content['images'][0].update(id=content['images'][1]['id'])),
+        ('train2018.json', lambda content: content['annotations'].append({'image_id': 1, 'category_id': 0})),
+        ('categories.json', lambda content: content[0].update(id=None)),
+    ]
+    for name, change in changes:
+        change_json(root / name, change)
+        with pytest.raises(InputError, match=name):
+            build_datasets('INAT', str(root))
+        (root / name).write_text(whole[root / name])
+    build_datasets('INAT', str(root))
+
+
+def test_evaluation_keeps_the_class_numbers_of_the_checkpoint(
+    make_folder: MakeFolder, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = make_folder({'train': ['a', 'b', 'c'], 'val': ['b', 'c']}, images=16)
+    out = tmp_path / 'run'
+    flags = [*SMALL_MODEL, *PLAIN, '--data-set', 'FOLDER', '--data-path', str(root), '--epochs', '4', '--lr', '8e-3']
+    line = main([*flags, '--batch-size', '8', '--output_dir', str(out)])
+    (root / 'train').rename(tmp_path / 'elsewhere')
+    evaluation = ['--eval', '--resume', str(out / 'checkpoint.pth'), '--device', 'cpu']
+    assert main(evaluation)['test_acc1'] == line['test_acc1']
+    assert 'numbers its classes otherwise than the checkpoint' in capsys.readouterr().out
+    (root / 'val' / 'b').rename(root / 'val' / 'new')
+    main([*evaluation, '--nb-classes', '3'])
+    assert 'has classes that the checkpoint has not (new)' in capsys.readouterr().out
+
+
+def test_another_data_set_forgets_how_the_first_one_lay(make_folder: MakeFolder, tmp_path: Path) -> None:
+    root = make_lists(tmp_path / 'lists', 'painting', PAINTING)
+    out = tmp_path / 'run'
+    flags = [*SMALL_MODEL, *PLAIN, '--data-set', 'painting', '--data-layout', 'lists', '--data-path', str(root)]
+    main([*flags, '--epochs', '1', '--batch-size', '2', '--output_dir', str(out)])
+    evaluation = ['--eval', '--resume', str(out / 'checkpoint.pth'), '--device', 'cpu']
+    main(evaluation)
+    main([*evaluation, '--data-set', 'IMNET', '--nb-classes', '345',
+          '--data-path', str(make_folder({'val': ['zebra', 'apple']}))])  # fmt: skip
+
+
+def test_unreadable_folders_are_no_empty_ones(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']})
+    scandir = os.scandir
+
+    def deny(path: Any) -> Any:
+        if str(path).endswith('train/b'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', deny)
+    with pytest.raises(InputError, match='train/b: Permission denied'):
+        build_datasets('FOLDER', str(root))
+
+
+def test_images_listed_twice_are_noted(tmp_path: Path) -> None:
+    rows = {**PAINTING, 'test': [*PAINTING['test'], PAINTING['train'][0]]}
+    notes = build_datasets('painting', str(make_lists(tmp_path, 'painting', rows))).notes
+    assert any('name 1 image (painting/zebra/1.jpg) more than once' in note for note in notes)
 
 
 def test_stratified_parts_lie_inside_larger_ones() -> None:

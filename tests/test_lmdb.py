@@ -249,12 +249,51 @@ def test_altered_index(folder: Path, capsys: pytest.CaptureFixture) -> None:
         txn.put(b'index', half)
         content = {**json.loads(txn.get(b'header')), 'index_crc32': zlib.crc32(half)}
         txn.put(b'header', json.dumps(content).encode())
-    with pytest.raises(InputError, match='damaged index'):
+    with pytest.raises(InputError, match=r'is damaged .*--overwrite'):
         ImageFolderLMDB(path)
     with edit(path) as txn:
         txn.delete(b'index')
     with pytest.raises(InputError, match='has no index'):
         ImageFolderLMDB(path)
+
+
+def test_a_damaged_page_costs_its_own_records_only(make_folder: MakeFolder) -> None:
+    root = make_folder({'train': ['a'], 'val': ['a']}, images=200)
+    build(root)
+    path = root / 'train.lmdb'
+    whole = path.read_bytes()
+    opened = 0
+    for page in range(2, len(whole) // 4096):
+        path.write_bytes(whole[: page * 4096] + bytes(4096) + whole[(page + 1) * 4096 :])
+        try:
+            dataset = ImageFolderLMDB(path)
+        except InputError as err:
+            assert '--overwrite' in str(err)
+            continue
+        opened += 1
+        bad = 0
+        for number in range(200):
+            try:
+                dataset.load(number)
+            except InputError:
+                bad += 1
+        assert bad <= 20, f'{bad} records cannot be read although one page is damaged'
+        del dataset
+    assert opened > 10
+
+
+def test_raw_bytes_outlive_the_data_set(folder: Path) -> None:
+    assert bytes(ImageFolderLMDB(folder / 'train.lmdb').raw(0)) == (folder / 'train' / 'a' / '0.jpg').read_bytes()
+
+
+def test_a_mended_image_is_written_again(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / 'val' / 'b' / '3.jpg').write_bytes(b'another image')
+    assert 'holds other images' in build_fails(capsys, ['--dir', str(folder)])
+    (folder / 'train.lmdb').write_bytes(b'')
+    assert 'is empty' in (line := build_fails(capsys, ['--dir', str(folder)])) and '--overwrite' in line
+    (folder / 'train.lmdb').unlink()
+    (folder / 'train.lmdb').mkdir()
+    assert 'is a folder: remove it' in build_fails(capsys, ['--dir', str(folder), '--overwrite'])
 
 
 def header(**changes: Any) -> bytes:
@@ -269,6 +308,9 @@ def header(**changes: Any) -> bytes:
         ({'0': b'x', '__keys__': b'', '__len__': b''}, r'old format of pyarrow\.serialize.*build it again'),
         ({'header': header(version=2)}, 'version 2 of its format, this program reads 1'),
         ({'header': header(format='other')}, 'damaged header'),
+        ({'header': header(data_set=5)}, 'damaged header'),
+        ({'header': header(index_crc32=None)}, 'damaged header'),
+        ({'header': header(version='1')}, 'damaged header'),
         ({'header': b'{'}, 'damaged header'),
     ],
 )
@@ -408,7 +450,7 @@ def test_killed_builds_leave_nothing_that_opens(tmp_path: Path) -> None:
     assert not list(tmp_path.glob('*.partial*'))
 
     process = start(tmp_path, '--overwrite')
-    wait_for(tmp_path / 'train.lmdb.partial', process)
+    wait_for(tmp_path / 'train.lmdb.partial', process)  # Ctrl-C as early as can be, while processes start
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1].splitlines()[-1] == 'folder2lmdb.py: error: interrupted'
     assert process.returncode == 130 and not list(tmp_path.glob('*.partial*'))
@@ -422,6 +464,8 @@ def test_two_builds_at_once(folder: Path, capsys: pytest.CaptureFixture) -> None
         fcntl.flock(other, fcntl.LOCK_EX)
         assert 'another process is writing' in build_fails(capsys, ['--dir', str(folder), '--overwrite'])
     assert (folder / 'train.lmdb.partial').exists()  # the other's
+    with open(folder / 'train.lmdb.partial', 'r+b') as file:  # what a killed build leaves is written over
+        file.write(b'x' * 10000)
     build(folder, '--overwrite')
     assert not list(folder.glob('*.partial'))
 
@@ -453,7 +497,7 @@ def test_format_as_documented(folder: Path) -> None:
 def test_the_map_grows(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('lmdb_dataset.GROWTH', 65536)
     monkeypatch.setattr('lmdb_dataset.COMMIT_IMAGES', 16)
-    monkeypatch.setattr('lmdb_dataset.CHUNK', 8)
+    monkeypatch.setattr('lmdb_dataset.CHUNK_IMAGES', 8)
     root = make_folder({'train': ['a'], 'val': ['a']}, images=200, size=64)
     build(root)
     assert (root / 'train.lmdb').stat().st_size > 200000

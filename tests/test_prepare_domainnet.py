@@ -117,6 +117,34 @@ def test_zip_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert 'is damaged' in line and 'download it again' in line
 
 
+def test_links_lead_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a linked OUT, and from a download that is itself made of links."""
+    download = make_lists(tmp_path / 'download', 'painting', PAINTING_NAMED)
+    store = tmp_path / 'store'
+    store.mkdir()
+    for number, path in enumerate(sorted((download / 'painting' / 'apple').iterdir())):
+        path.rename(store / f'{number}.jpg')
+        path.symlink_to(f'../../../store/{number}.jpg')
+    (tmp_path / 'far' / 'deep').mkdir(parents=True)
+    for name in ('hard', 'soft'):
+        (tmp_path / name).symlink_to('far/deep')
+        main([str(download), str(tmp_path / name)])
+        made = list((tmp_path / 'far').rglob('*.jpg'))
+        assert len(made) == 12 and all(path.is_file() for path in made)
+        shutil.rmtree(tmp_path / 'far' / 'deep' / 'painting')
+        monkeypatch.delitem(METHODS, 'hard link', raising=False)
+    (store / '0.jpg').unlink()
+    with pytest.raises(SystemExit):
+        main([str(download), str(tmp_path / 'new')])
+
+
+def test_files_that_would_be_one(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with open(download / 'painting_train.txt', 'a') as file:
+        file.write('painting/other/apple/1.jpg 3\n')
+    line = fails(capsys, str(download), str(tmp_path / 'out'))[1]
+    assert '1 file' in line and 'more than once' in line
+
+
 def test_missing_files(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / 'out'
     for name in ('zebra/1.jpg', 't-shirt/3.jpg', 't-shirt/4.jpg'):

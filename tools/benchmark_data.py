@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from datasets import FileDataset, build_datasets, build_transform
 from flags import FROM_ONE, FlagParser, one_line_errors
 from layouts import Split
 from lmdb_dataset import ImageFolderLMDB, write_lmdb
-from utils import InputError
+from utils import InputError, UsageError, one_line
 
 CONTEXT = multiprocessing.get_context('fork')
 IMAGE_FOLDER = 'ImageFolder'
@@ -59,13 +60,17 @@ def read_bytes(path: str) -> bytes:
 
 
 def _work(item: Callable[[int], Any], share: np.ndarray, start: Any, answer: Any) -> None:
-    numbers = share.tolist()
-    item(numbers[0])  # opens what is opened on first use
-    start.wait()
-    began = time.perf_counter()
-    for number in numbers:
-        item(number)
-    answer.put(time.perf_counter() - began)
+    try:
+        numbers = share.tolist()
+        item(numbers[0])  # opens what is opened on first use
+        start.wait()
+        began = time.perf_counter()
+        for number in numbers:
+            item(number)
+        answer.put(time.perf_counter() - began)
+    except Exception as err:
+        start.abort()  # or the others wait for ever
+        answer.put(one_line(err) or 'another process failed')
 
 
 def rate(item: Callable[[int], Any], images: int, processes: int) -> float:
@@ -78,10 +83,13 @@ def rate(item: Callable[[int], Any], images: int, processes: int) -> float:
     ]
     for process in started:
         process.start()
-    seconds = max(answer.get() for _ in started)
+    answers = [answer.get() for _ in started]
     for process in started:
         process.join()
-    return images / seconds
+    failures = sorted({text for text in answers if isinstance(text, str)} - {BrokenBarrierError.__name__})
+    if failures:
+        raise InputError(f'an image cannot be read: {failures[0]}')
+    return images / max(answers)
 
 
 def speed(folder: Path, *, input_size: int, images: int | None, rounds: int, workers: Sequence[int]) -> None:
@@ -93,13 +101,15 @@ def speed(folder: Path, *, input_size: int, images: int | None, rounds: int, wor
     files = build_datasets('FOLDER', str(folder), data_layout='folder').train
     assert isinstance(files, FileDataset)
     images = min(images or len(files), len(files))
+    if images < max(workers):
+        raise UsageError(f'{images} images are too few for {max(workers)} processes')
     files.select(np.random.default_rng(0).permutation(len(files))[:images])
     size = sum(len(files.raw(number)) for number in range(images)) / images
     print(f'{folder}: {images:,} images, {size:,.0f} bytes on average; {rounds} rounds, page cache warm')
     transform = build_transform(train=True, input_size=input_size)
     numbers: Any = files._selected
 
-    with tempfile.TemporaryDirectory(dir=folder) as temporary, open(os.devnull, 'w') as null:
+    with tempfile.TemporaryDirectory() as temporary, open(os.devnull, 'w') as null:
         path = Path(temporary, 'train.lmdb')
         rates = []
         for _ in range(rounds):
@@ -118,19 +128,21 @@ def speed(folder: Path, *, input_size: int, images: int | None, rounds: int, wor
         assert full_files is not None
         full_files.select(numbers)
         full_records = ImageFolderLMDB(path, transform)
+        for image_folder in (raw, plain, full):
+            image_folder.samples = list(files.samples)  # the same images, in the same order
         ways: dict[str, dict[str, Callable[[int], Any]]] = {
             'raw bytes': {
-                IMAGE_FOLDER: lambda number: raw[numbers[number]],
+                IMAGE_FOLDER: raw.__getitem__,
                 'files': files.raw,
                 'LMDB': records.raw,
             },
             'decoded': {
-                IMAGE_FOLDER: lambda number: plain[numbers[number]],
+                IMAGE_FOLDER: plain.__getitem__,
                 'files': files.__getitem__,
                 'LMDB': records.__getitem__,
             },
             f'training transform, {input_size} px': {
-                IMAGE_FOLDER: lambda number: full[numbers[number]],
+                IMAGE_FOLDER: full.__getitem__,
                 'files': full_files.__getitem__,
                 'LMDB': full_records.__getitem__,
             },

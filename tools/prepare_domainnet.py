@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -32,11 +32,15 @@ from utils import InputError, count, one_line
 
 
 def _symlink(source: Path, target: Path) -> None:
-    target.symlink_to(os.path.relpath(source, target.parent))
+    target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
+
+
+def _hard_link(source: Path, target: Path) -> None:
+    os.link(source.resolve(), target)  # not of a link that may point elsewhere from its new place
 
 
 METHODS: dict[str, Callable[[Path, Path], object]] = {
-    'hard link': os.link,
+    'hard link': _hard_link,
     'symbolic link': _symlink,
     'copy': shutil.copyfile,
 }
@@ -76,7 +80,7 @@ def find_sources(root: Path, domain: str) -> tuple[Lists, zipfile.ZipFile | None
         raise InputError(f'{root} has neither the folder {domain} nor {domain}.zip')
     try:
         return lists, zipfile.ZipFile(archive) if archive is not None else None
-    except zipfile.BadZipFile as err:
+    except Exception as err:  # zipfile raises several kinds on damaged files
         raise InputError(f'{archive} is no zip file, or a part of one ({one_line(err)}): download it again') from None
 
 
@@ -87,6 +91,9 @@ def place(target: Path, make: Callable[[Path], object]) -> None:
     try:
         make(unfinished)
         unfinished.replace(target)
+    except OSError as err:
+        err.filename = err.filename or str(target)  # a full disk names no file
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -112,7 +119,7 @@ def unpack(archive: zipfile.ZipFile, name: str, target: Path) -> None:
     """
     try:
         data = archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as err:
+    except Exception as err:  # zipfile and its decompressors raise several kinds on damaged files
         raise InputError(f'{archive.filename}: {name} is damaged ({one_line(err)}): download it again') from None
     place(target, lambda path: path.write_bytes(data))
 
@@ -130,7 +137,17 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
     rows, classes = read_lists(lists)
     listing = Listing(root)
     members = set(archive.namelist()) if archive is not None else set()
-    absent = [name for split in rows.values() for name, _ in split if name not in listing and name not in members]
+    jobs = [
+        (name, folder / split / PurePosixPath(name).parent.name / PurePosixPath(name).name)
+        for split, source in (('train', 'train'), ('val', 'test'))
+        for name, _ in rows[source]
+    ]
+    expected = {target for _, target in jobs}
+    if len(expected) < len(jobs):
+        again = [str(target) for target, times in Counter(target for _, target in jobs).items() if times > 1]
+        raise InputError(f'{lists.train} and {lists.test.name} name {count(again, "file")} more than once')
+    here = {name for name, _ in jobs if name in listing and (root / name).is_file()}  # no folders or broken links
+    absent = [name for name, target in jobs if name not in here and name not in members and not target.is_file()]
     if absent:
         print('\n'.join(f'missing: {name}' for name in absent))
         if not allow_missing:
@@ -139,12 +156,7 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
                 'unpack it again, or leave them out with --allow-missing'
             )
     missing = set(absent)
-    jobs = [
-        (name, folder / split / PurePosixPath(name).parent.name / PurePosixPath(name).name)
-        for split, source in (('train', 'train'), ('val', 'test'))
-        for name, _ in rows[source]
-        if name not in missing
-    ]
+    jobs = [(name, target) for name, target in jobs if name not in missing]
     for parent in {target.parent for _, target in jobs}:
         parent.mkdir(parents=True, exist_ok=True)
     names = ('\n'.join(classes) + '\n').encode()
@@ -156,14 +168,13 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
     for name, target in tqdm(jobs, desc=domain, unit=' images'):
         if target.exists():
             what = 'there already'
-        elif name in listing:
+        elif name in here:
             what = link_or_copy(root / name, target, methods)
         else:
             assert archive is not None
             unpack(archive, name, target)
             what = f'out of {domain}.zip'
         done[what] = done.get(what, 0) + 1
-    expected = {target for _, target in jobs}
     others = [str(path) for path in folder.glob('*/*/*') if path not in expected and not path.name.startswith('.')]
     if others:
         raise InputError(
