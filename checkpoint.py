@@ -159,17 +159,27 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
 
 
 def _resample_position_embedding(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Weights whose position embedding, made for a square grid, fits the model's grid; and a note if that was done."""
+    """Weights whose position embedding, made for a square grid, fits the model's grid; and a note if that was done.
+
+    The row of a distillation token is left out where the model has none, and is the model's own where the weights have
+    none.
+    """
     own, given = getattr(model, 'pos_embed', None), weights.get('pos_embed')
     grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
     result = dict(weights)
     if grid is None or not isinstance(own, Tensor) or given is None or own.shape[::2] != given.shape[::2]:
         return result, ''
-    prefix = own.shape[1] - grid[0] * grid[1]  # class and distillation token, if they have an embedding
+    own_prefix = own.shape[1] - grid[0] * grid[1]  # rows of the class and distillation token, if they have one
+    prefix = own_prefix and 1 + ('dist_token' in weights)
     side = math.isqrt(max(given.shape[1] - prefix, 0))
-    if own.shape == given.shape or side * side != given.shape[1] - prefix:
+    same = own.shape == given.shape and prefix == own_prefix
+    if same or side * side != given.shape[1] - prefix:
         return result, ''
-    result['pos_embed'] = resample_abs_pos_embed(given, new_size=list(grid), num_prefix_tokens=prefix)
+    rows = given[:, :prefix]
+    if own_prefix != prefix:
+        rows = torch.cat([rows[:, :1], own.detach().to(rows)[:, 1:own_prefix]], dim=1)
+    patches = resample_abs_pos_embed(given[:, prefix:], new_size=list(grid), num_prefix_tokens=0)
+    result['pos_embed'] = torch.cat([rows, patches], dim=1)
     return result, f'pos_embed resampled from {side}x{side} to {grid[0]}x{grid[1]}'
 
 

@@ -75,7 +75,7 @@ SCHEDULE_FLAGS = (
 RECALLED_FLAGS = (
     *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp'),
     *('data_set', 'data_path', 'data_layout', 'inat_category', 'use_lmdb'),
-    *('base_keep_rate', 'fuse_token', 'drop_loc'),
+    *('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs'),
 )
 LAYOUT_FLAGS = ('data_layout', 'inat_category', 'use_lmdb')
 EVIT_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
@@ -225,7 +225,12 @@ def stored_flags(stored: dict[str, Any]) -> list[str]:
     for name in RECALLED_FLAGS:
         value = stored.get(name)
         if name == 'model_kwargs' and value is not None:
-            flags += [f'--{name}', *(f'{key}={setting!r}' for key, setting in value)]
+            try:
+                flags += [f'--{name}', *(f'{key}={setting!r}' for key, setting in value)]
+            except (TypeError, ValueError):
+                raise InputError(
+                    f'the checkpoint has {value!r:.40} as model_kwargs: it is not of this program'
+                ) from None
         elif isinstance(value, (list, tuple)):
             flags += [f'--{name}', *map(str, value)]
         elif isinstance(value, bool):
@@ -249,7 +254,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    if args.eval and args.resume:
+    if args.start_epoch and args.resume:
+        raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
+    if args.resume:
         typed = sys.argv[1:] if argv is None else argv
         typed_names = {arg.partition('=')[0].replace('_', '-') for arg in typed}
         stored = ckpt.stored_args(ckpt.load(args.resume))
@@ -257,6 +264,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             stored = {name: value for name, value in stored.items() if name not in LAYOUT_FLAGS}
         elif typed_names & {'--use-lmdb', '--no-use-lmdb'}:
             stored = {**stored, 'data_layout': None}
+        if '--model' in typed_names and not keeps_tokens_by_rate(args.model):
+            stored = {name: value for name, value in stored.items() if name not in EVIT_FLAGS}
+        if not args.eval:  # a resumed run goes on with its schedule of tokens; the other flags must be given again
+            stored = {name: value for name, value in stored.items() if name in EVIT_FLAGS}
         args = parser.parse_args([*stored_flags(stored), *typed])
 
     trains = not args.eval and not args.only_test_speed
@@ -281,8 +292,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError('--resplit needs random erasing: --reprob above 0, and no --no-aug')
     if args.eval and args.only_test_speed:
         raise UsageError('--eval and --only_test_speed exclude each other')
-    if args.start_epoch and args.resume:
-        raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
     if args.start_epoch >= args.epochs:
         raise UsageError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
     if trains and args.output_dir:
@@ -333,7 +342,8 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module
     if given and not keeps_tokens_by_rate(args.model):
         why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
         raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
-    elsewhere = {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
+    elsewhere = {name: f'--{name}' for name in ('base_keep_rate', 'fuse_token', 'drop_loc')}
+    elsewhere |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
     for name, _ in args.model_kwargs:
         if name in elsewhere:
             raise UsageError(f'--model-kwargs {name}=…: this is set by {elsewhere[name]}')
@@ -350,7 +360,7 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module
     return new_model('--model', args.model, args.input_size, kwargs)
 
 
-def create_teacher(args: argparse.Namespace, num_classes: int) -> Teacher:
+def create_teacher(args: argparse.Namespace, num_classes: int, classes: Sequence[str]) -> Teacher:
     """The teacher of distillation, at the image size and the normalisation that it was trained with.
 
     A checkpoint of this program or of the published codes says its model's arguments, and has ImageNet's normalisation
@@ -362,14 +372,25 @@ def create_teacher(args: argparse.Namespace, num_classes: int) -> Teacher:
     """
     name = args.teacher_model or 'regnety_160'
     stored: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {}
     weights = None
     if args.teacher_path:
         loaded = ckpt.load(args.teacher_path)
         weights = ckpt.model_weights(loaded, args.teacher_path)
         stored = ckpt.stored_args(loaded)
+        if not (isinstance(stored.get('data_set'), str) and isinstance(stored.get('input_size'), int)):
+            stored = {}  # of another program, whose arguments have other meanings
         if stored.get('model', name) != name:
             raise InputError(f'{args.teacher_path} is of {stored["model"]}: give that as --teacher-model, not {name}')
-    kwargs: dict[str, Any] = dict(stored.get('model_kwargs') or [])
+        taught = loaded.get('classes')
+        if taught is not None and len(taught) == len(classes) and list(taught) != list(classes):
+            raise InputError(
+                f'the teacher {args.teacher_path} has other classes than the data set, or in another order'
+            )
+        kwargs |= dict(stored.get('model_kwargs') or [])
+        kwargs |= {key: stored[key] for key in ('base_keep_rate', 'fuse_token') if stored.get(key) is not None}
+        if stored.get('drop_loc') is not None:
+            kwargs['drop_loc'] = [number for numbers in stored['drop_loc'] for number in numbers]
     if weights is not None:
         cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
         classifier = cfg.classifier if cfg is not None else None
@@ -408,7 +429,7 @@ def create_teacher(args: argparse.Namespace, num_classes: int) -> Teacher:
     )
 
 
-def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int) -> None:
+def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int, flag: str = '--model') -> None:
     """Puts one black image through the model.
 
     Raises:
@@ -419,10 +440,10 @@ def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: i
         with torch.no_grad():
             logits = model.eval()(image)
     except (TypeError, ValueError, RuntimeError, AssertionError) as err:
-        raise UsageError(f'--model {name} cannot take images of {input_size} px: {one_line(err)}') from None
+        raise UsageError(f'{flag} {name} cannot take images of {input_size} px: {one_line(err)}') from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UsageError(f'--model {name} gives {shape} for an image, where a row of {num_classes} logits is needed')
+        raise UsageError(f'{flag} {name} gives {shape} for an image, where a row of {num_classes} logits is needed')
 
 
 def load_splits(args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None) -> Splits:
@@ -670,9 +691,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                              f'dhvt_tiny_cifar_patch4_distilled; {args.model} has one')  # fmt: skip
         model.set_distilled_training(True)  # type: ignore[operator]
         with in_turn(process):
-            teacher = create_teacher(args, splits.num_classes).to(device)
-        check_output(teacher, name=args.teacher_model or 'regnety_160', input_size=args.input_size,
-                     num_classes=splits.num_classes)  # fmt: skip
+            teacher = create_teacher(args, splits.num_classes, splits.val.classes).to(device)
+        check_output(
+            teacher,
+            flag='--teacher-model',
+            name=args.teacher_model or 'regnety_160',
+            input_size=args.input_size,
+            num_classes=splits.num_classes,
+        )
         criterion = DistillationLoss(
             criterion,
             kind=args.distillation_type,

@@ -533,6 +533,14 @@ class DistilledDHVT(DHVT):
         super().reset_classifier(num_classes, global_pool)
         self.head_dist = self._new_head()
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the blocks after the last of `indices`, and the heads, for use as a feature extractor."""
+        if prune_head:
+            self.reset_classifier(0)
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+
     def _prefix_tokens(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1)
 

@@ -59,6 +59,7 @@ class ShrinkBlock(Block):
         batch, tokens, _ = x.shape
         qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, h, 1+n, d) each
+        q, k = attn.q_norm(q), attn.k_norm(k)
         if attn.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if self.training else 0.0)
             row = ((q[:, :, :1] * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, h, 1, 1+n)
@@ -66,7 +67,7 @@ class ShrinkBlock(Block):
             weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, h, 1+n, 1+n)
             x = attn.attn_drop(weights) @ v
             row = weights[:, :, :1]
-        x = attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))  # (B, 1+n, D)
+        x = attn.proj_drop(attn.proj(attn.norm(x.transpose(1, 2).flatten(2))))  # (B, 1+n, D)
         return x, row[:, :, 0, 1:].mean(dim=1)
 
     def shrink(self, x: Tensor, keep_rate: float | None = None) -> tuple[Tensor, Kept | None]:
@@ -107,7 +108,7 @@ class EViT(VisionTransformer):
         **kwargs: timm's VisionTransformer's, without distillation.
 
     Raises:
-        ValueError: for a keep rate outside its range or blocks that are not there.
+        ValueError: for a keep rate outside its range, blocks that are not there, or tokens beside class and patches.
     """
 
     def __init__(
@@ -121,6 +122,8 @@ class EViT(VisionTransformer):
         if not 0 < base_keep_rate <= 1:
             raise ValueError(f'base_keep_rate must be above 0, at most 1, not {base_keep_rate}')
         super().__init__(block_fn=ShrinkBlock, **kwargs)
+        if self.num_prefix_tokens != 1 or self.cls_token is None:
+            raise ValueError('EViT needs a class token and no other tokens beside the patches')
         wrong = [number for number in drop_loc if not 0 <= number < len(self.blocks)]
         if wrong:
             raise ValueError(f'drop_loc names block {wrong[0]}, but there are 0 to {len(self.blocks) - 1}')
@@ -220,6 +223,8 @@ default_cfgs = generate_default_cfgs({f'deit_{size}_patch16_shrink_base': _CFG f
 
 
 def _create_evit(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> EViT:
+    if kwargs.get('features_only'):
+        raise RuntimeError('EViT has no feature maps: its tokens leave the grid; use the DeiT of these weights')
     return build_model_with_cfg(EViT, variant, pretrained, **{'patch_size': 16, 'depth': 12, **defaults, **kwargs})
 
 

@@ -154,6 +154,17 @@ def test_evit_keeps_what_a_deit_computes_at_rate_one() -> None:
     torch.testing.assert_close(model(x, keep_rate=[0.1, 0.6, 0.6, 0.1]), model(x, keep_rate=0.6))  # two blocks shrink
 
 
+def test_evit_takes_norms_in_attention() -> None:
+    model = evit(qk_norm=True, scale_attn_norm=True)
+    tokens = torch.randn(2, 37, 48)
+    torch.testing.assert_close(model.blocks[1]._attend(tokens)[0], model.blocks[1].attn(tokens))
+    for kwargs in ({'reg_tokens': 4}, {'class_token': False, 'global_pool': 'avg'}):
+        with pytest.raises(ValueError, match='needs a class token and no other'):
+            evit(**kwargs)
+    with pytest.raises(RuntimeError, match='no feature maps'):
+        timm.create_model('deit_tiny_patch16_shrink_base', features_only=True)
+
+
 def test_kept_tokens() -> None:
     model = evit(base_keep_rate=0.5, fuse_token=True)
     x = torch.randn(2, 3, 24, 24)
@@ -248,6 +259,9 @@ def test_distilled_dhvt() -> None:
     sum(part.square().sum() for part in pair).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.get_classifier() == (model.head, model.head_dist)
+    pruned = timm.create_model('dhvt_tiny_cifar_patch4_distilled').eval()
+    pruned.prune_intermediate_layers(2)
+    assert pruned(x).shape == (2, 192)
     model.eval().reset_classifier(3)
     assert model(x).shape == (2, 3)
     model.reset_classifier(0)
@@ -279,6 +293,20 @@ def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
     same = timm.create_model('deit_tiny_cifar_patch4', depth=1)
     assert ckpt.load_fitting(same, small.state_dict(), 'file') == []
     assert torch.equal(same.pos_embed, small.pos_embed)
+
+
+def test_position_embeddings_between_plain_and_distilled() -> None:
+    settings: dict[str, Any] = {'depth': 1, 'patch_size': 4}
+    plain = timm.create_model('deit_tiny_patch16_224', img_size=32, **settings)
+    distilled = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, **settings)
+    small = timm.create_model('deit_tiny_patch16_shrink_base', img_size=32, drop_loc=(), **settings)
+    ckpt.load_fitting(small, distilled.state_dict(), 'file')
+    assert torch.equal(small.pos_embed[:, :1], distilled.pos_embed[:, :1])
+    assert torch.equal(small.pos_embed[:, 1:], distilled.pos_embed[:, 2:])
+    before = distilled.pos_embed[:, 1].clone()
+    ckpt.load_fitting(distilled, plain.state_dict(), 'file')
+    assert torch.equal(distilled.pos_embed[:, 2:], plain.pos_embed[:, 1:])
+    assert torch.equal(distilled.pos_embed[:, 1], before)
 
 
 @pytest.fixture(scope='module')
@@ -316,6 +344,10 @@ def test_distillation_errors(teacher: str, tmp_path: Path, capsys: pytest.Captur
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, '--distillation-tau', '2'], 'is for --distillation-type soft', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, *deit, teacher, '--no-train-mode'], 'add --train-mode', 2)
     state = ckpt.load(teacher)
+    torch.save({**state, 'classes': state['classes'][::-1]}, tmp_path / 'reversed.pth')
+    expect_error(
+        capsys, [*DIGITS, *STUDENT, *hard, *deit, str(tmp_path / 'reversed.pth')], 'other classes than the data set', 1
+    )
     state['model'] = {k: v[:7] if k.startswith('head.') else v for k, v in state['model'].items()}
     torch.save(state, tmp_path / 'seven.pth')
     expect_error(
@@ -348,7 +380,10 @@ def test_evit_trains_through_its_schedule_and_resumes(tmp_path: Path, capsys: py
     main([*flags, '--epochs', '2', '--output_dir', str(half)])
     state = ckpt.load(str(half / 'checkpoint.pth'))
     assert state['keep_rate'] == rates[1]
-    main([*flags, '--epochs', '4', '--output_dir', str(half), '--resume', str(half / 'checkpoint.pth')])
+    short = [*DIGITS, *EVIT[: EVIT.index('--drop_loc')]]  # the checkpoint knows the rest
+    main([*short, '--epochs', '4', '--output_dir', str(half), '--resume', str(half / 'checkpoint.pth')])
+    stored = ckpt.stored_args(ckpt.load(str(half / 'checkpoint.pth')))
+    assert (stored['base_keep_rate'], stored['fuse_token'], stored['drop_loc']) == (0.5, True, [[1], [2]])
     again = [json.loads(line)['keep_rate'] for line in (half / 'log.txt').read_text().splitlines()]
     assert again == rates
 
@@ -356,6 +391,11 @@ def test_evit_trains_through_its_schedule_and_resumes(tmp_path: Path, capsys: py
     capsys.readouterr()
     stats = main(['--eval', '--resume', str(whole / 'checkpoint.pth'), '--device', 'cpu'])
     assert stats['test_acc1'] == json.loads((whole / 'log.txt').read_text().splitlines()[3])['test_acc1']
+    main(['--eval', '--resume', str(whole / 'checkpoint.pth'), '--device', 'cpu', '--model', 'deit_tiny_patch16_224'])
+
+    # It can teach, with its own blocks.
+    flags = ['--distillation-type', 'soft', '--teacher-model', EVIT[1], '--teacher-path', str(whole / 'checkpoint.pth')]
+    assert np.isfinite(main([*DIGITS, *STUDENT, *flags, '--epochs', '1'])['train_loss'])
 
 
 @pytest.mark.parametrize(
@@ -367,6 +407,7 @@ def test_evit_trains_through_its_schedule_and_resumes(tmp_path: Path, capsys: py
         ([*EVIT, '--drop_loc', '3', 'x'], "'x' is not a list of block numbers"),
         ([*EVIT, '--drop_loc', '__import__("os")'], 'is not a list of block numbers'),
         ([*EVIT, '--drop_loc', '9'], 'drop_loc names block 9'),
+        ([*EVIT, '--model-kwargs', 'base_keep_rate=0.3'], 'this is set by --base_keep_rate'),
         ([*EVIT, '--base_keep_rate', '0'], 'must be above 0'),
     ],
 )

@@ -8,6 +8,7 @@ the same round. `MODEL` may carry arguments: deit_small_patch16_shrink_base:base
 from __future__ import annotations
 
 import ast
+import re
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flags import FROM_ONE, FlagParser, one_line_errors
 from main import new_model
-from utils import UsageError, amp_name, default_device, find_amp_dtype, find_device, find_process
+from utils import UsageError, amp_name, default_device, find_amp_dtype, find_device, find_process, one_line
 
 
 def get_args_parser() -> FlagParser:
@@ -45,7 +46,7 @@ def build(text: str, input_size: int) -> nn.Module:
     """
     name, _, settings = text.partition(':')
     kwargs: dict[str, Any] = {}
-    for setting in filter(None, settings.split(',')):
+    for setting in filter(None, re.split(r',(?![^(\[]*[)\]])', settings)):
         key, _, value = setting.partition('=')
         try:
             kwargs[key] = ast.literal_eval(value)
@@ -105,8 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         first = args.models[0]
         for what in models[first]:
             rates: dict[str, list[float]] = {text: [] for text in models}
-            for steps in models.values():
-                seconds(steps[what], 1)
+            for text, steps in models.items():
+                try:
+                    seconds(steps[what], 1)
+                except (AssertionError, ValueError) as err:
+                    raise UsageError(f'{text} cannot do this: {one_line(err)}') from None
             for _ in range(args.rounds):
                 for text, steps in models.items():
                     rates[text].append(args.steps * args.batch_size / seconds(steps[what], args.steps))

@@ -55,7 +55,7 @@ def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> t
     state = ckpt.load(path)
     weights = ckpt.model_weights(state, path)
     stored = ckpt.stored_args(state)
-    if not keeps_tokens_by_rate(stored.get('model', '')):
+    if not keeps_tokens_by_rate(str(stored.get('model'))):
         raise InputError(
             f'{path} is not of an EViT (deit_…_shrink_base) but of {stored.get("model", "an unknown model")}'
         )
@@ -64,6 +64,7 @@ def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> t
             *stored_flags(stored),
             *([] if base_keep_rate is None else [f'--base_keep_rate={base_keep_rate}']),
             *(['--fuse_token'] if fuse_token else []),
+            *('--mixup', '0', '--cutmix', '0'),  # with which any batch size is right
         ]
     )
     head = weights.get('head.weight')
