@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -31,7 +29,8 @@ from layouts import (
     note_lacking,
 )
 from lmdb_dataset import ImageFolderLMDB
-from utils import InputError, UsageError, one_line, shorten
+from samplers import Draw
+from utils import InputError, UsageError, one_line, seed_all, shorten
 
 SMALL_IMAGE = 32  # pixels; up to here a random crop with padding replaces the random resized crop
 
@@ -120,6 +119,9 @@ class ArrayDataset(ImageDataset):
     ) -> None:
         self.images = images
         super().__init__(np.array(targets, dtype=np.int64), classes, transform)
+
+    def _content(self) -> bytes:
+        return np.ascontiguousarray(self.images).tobytes()
 
     def _name(self, position: int) -> str:
         return f'{self.classes[self._labels()[position]]}/{position:06d}.png'
@@ -406,12 +408,36 @@ def build_transform(
     return transforms.Compose([*resize, transforms.ToTensor(), normalize])
 
 
-class EraseSecondHalf:
-    """A collate function that erases at random in the second half of a batch only: `--resplit`, as timm defines it."""
+class AugmentedImages(Dataset[tuple[Any, int]]):
+    """The training images, each draw with its own random numbers: those of (seed, epoch, image, repeat).
 
-    def __init__(self, *, re_prob: float, re_mode: str, re_count: int) -> None:
-        self.erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, num_splits=2, device='cpu')
+    So a batch does not depend on which loader process makes it, nor on what was drawn before. Reading one seeds the
+    random numbers of the process that reads it.
 
-    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        images, targets = default_collate(samples)
-        return self.erase(images), torch.as_tensor(targets)
+    Args:
+        dataset: the images, with their transform.
+        seed: the run's.
+        erase: random erasing for the second half of each batch only (`--resplit`), as timm defines it.
+    """
+
+    def __init__(self, dataset: ImageDataset, *, seed: int, erase: RandomErasing | None = None) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.erase = erase
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> tuple[Any, int]:
+        seed_all(self.seed, draw.epoch, draw.image, draw.repeat, devices=False)
+        return self.dataset[draw.image]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[Any, int]]:
+        """The samples of a batch, which the loader asks for together."""
+        samples = []
+        for position, draw in enumerate(draws):
+            image, target = self[draw]
+            if self.erase is not None and position >= len(draws) // 2:
+                image = self.erase(image)
+            samples.append((image, target))
+        return samples

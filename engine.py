@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,28 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import InputError, Progress, all_reduce_sum, get_world_size
+from utils import InputError, Progress, all_reduce_sum, get_rank, get_world_size, seed_all
 
 
-class NonFiniteLossError(InputError):
-    """The loss became infinite or NaN."""
+class NonFiniteError(InputError):
+    """A loss or a gradient became infinite or NaN; `step` says where, for those that leave it out."""
+
+    def __init__(self, message: str, step: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+@dataclass
+class Tally:
+    """Sums over the batches of an epoch; a checkpoint in the middle of the epoch holds them."""
+
+    loss_sum: float = 0.0
+    losses: int = 0
+    norm_sum: float = 0.0
+    norms: int = 0
+    skipped: int = 0  # optimizer steps that the loss scaler left out
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
 
 
 def train_one_epoch(
@@ -37,16 +56,22 @@ def train_one_epoch(
     teacher: nn.Module | None = None,
     keep_rate: Callable[[int], float] | None = None,
     print_freq: int = 10,
+    seed: int = 0,
+    first: int = 0,
+    tally: Tally | None = None,
+    most_skips: int = 20,
+    after_step: Callable[[int, Callable[[], None]], None] | None = None,
 ) -> dict[str, float]:
-    """Trains for one epoch.
+    """Trains for one epoch, or for the rest of one.
 
-    Losses stay on the device and are read only when they are printed, so nothing else waits for it.
+    Losses stay on the device and are read only when they are printed, so nothing else waits for it. The random draws
+    of each batch (mixing, drop path, dropout) are seeded with (seed, process, epoch, batch).
 
     Args:
         model: the model, perhaps inside DistributedDataParallel.
         criterion: from logits and targets, and the teacher's logits if there is one, to a mean loss.
         loader: batches of images (B, C, H, W) and class indices (B,).
-        epoch: for messages.
+        epoch: the epoch's number.
         scaler: disabled unless the type is float16.
         amp_dtype: autocast's type, None for float32.
         clip_grad: the largest gradient norm, None for no limit.
@@ -57,32 +82,80 @@ def train_one_epoch(
         teacher: gives logits for the same images, mixed as the student sees them.
         keep_rate: from the number of the batch to the model's argument of that name.
         print_freq: batches between two printed lines.
+        seed: the run's.
+        first: the number of the loader's first batch, where the epoch goes on.
+        tally: sums over the batches before it, which are gone on with.
+        most_skips: optimizer steps that the scaler may leave out in a row.
+        after_step: called after each optimizer step with the number of the next batch, and a function that reads all
+            losses and brings the tally up to date.
 
     Returns:
-        `loss`, the mean over all batches and processes, `lr`, the learning rate used (after scaling), and `keep_rate`,
-        the last one, if there is one.
+        `loss`, the mean over all batches and processes, `lr`, the learning rate used (after scaling), `grad_norm`, the
+        mean norm of the gradient before clipping; with an enabled scaler `skipped_steps`; and `keep_rate`, the last
+        one, if there is one.
 
     Raises:
-        NonFiniteLossError: on all processes alike, with the epoch, the batch, the learning rate and the loss scale.
+        NonFiniteError: on all processes alike, for a loss or a gradient that is no finite number; with float16 for more
+            than `most_skips` in a row.
     """
     model.train(train_mode)
     parameters = [p for group in optimizer.param_groups for p in group['params']]
-    progress = Progress(loader, header=f'Epoch {epoch}', print_freq=print_freq)
+    progress = Progress(loader, header=f'Epoch {epoch}', print_freq=print_freq, first=first)
     learning_rate = max(group['lr'] for group in optimizer.param_groups)
-    unread: list[Tensor] = []  # losses on the device since the last print
-    loss_sum, images_seen = 0.0, 0
+    tally = Tally() if tally is None else tally
+    seconds_before = tally.seconds
+    unread: list[tuple[int, list[Tensor], Tensor]] = []  # of steps since the last print: first batch, losses, norm
+    group_losses: list[Tensor] = []
+    images_seen = 0
     optimizer.zero_grad()
+
+    def read() -> None:
+        tally.seconds = seconds_before + progress.seconds
+        if not unread:
+            return
+        losses = torch.stack([loss for _, group, _ in unread for loss in group])
+        values = iter((all_reduce_sum(losses) / get_world_size()).tolist())
+        norms = torch.stack([norm for _, _, norm in unread]).tolist()
+        for (start, group, _), norm in zip(unread, norms, strict=True):
+            step_losses = [next(values) for _ in group]
+            if math.isfinite(norm) and all(map(math.isfinite, step_losses)):
+                for value in step_losses:
+                    tally.loss_sum += value
+                tally.losses += len(step_losses)
+                tally.norm_sum += norm
+                tally.norms += 1
+                tally.skipped_in_a_row = 0
+                continue
+            tally.skipped += 1
+            tally.skipped_in_a_row += 1
+            if not scaler.is_enabled() or tally.skipped_in_a_row > most_skips:
+                raise _non_finite(
+                    step={
+                        'epoch': epoch,
+                        'batch': start,
+                        'batches': progress.steps,
+                        'batches_in_step': len(group),
+                        'losses': step_losses,
+                        'gradient_norm': norm,
+                        'learning_rate': learning_rate,
+                        'loss_scale': scaler.get_scale(),
+                    },
+                    skipped=tally.skipped_in_a_row,
+                )
+        unread.clear()
 
     for images, targets in progress:
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         images_seen += len(images) * get_world_size()
+        seed_all(seed, get_rank(), epoch, progress.step)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
 
-        group_start = progress.step - progress.step % accum_steps
+        position = (progress.step - first) % accum_steps
+        group_start = progress.step - position
         group_size = min(accum_steps, progress.steps - group_start)
-        group_ends = progress.step == group_start + group_size - 1
+        group_ends = position == group_size - 1
         waits = isinstance(model, DistributedDataParallel) and not group_ends  # no all-reduce before the group's end
         with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -91,34 +164,55 @@ def train_one_epoch(
             outputs = outputs.float() if isinstance(outputs, Tensor) else tuple(part.float() for part in outputs)
             loss = criterion(outputs, targets, *taught)
             scaler.scale(loss / group_size).backward()
-        unread.append(loss.detach())
+        group_losses.append(loss.detach())
 
         if group_ends:
+            scaler.unscale_(optimizer)
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if clip_grad is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(parameters, clip_grad)
+                nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             if model_ema is not None:
                 model_ema.update(model.module if isinstance(model, DistributedDataParallel) else model)
+            unread.append((group_start, group_losses, norm))
+            group_losses = []
 
         if progress.due():
-            values = (all_reduce_sum(torch.stack(unread)) / get_world_size()).tolist()
-            for position, value in enumerate(values, start=progress.step + 1 - len(values)):
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(
-                        f'the loss is {value} at epoch {epoch}, step {position} of {progress.steps}, with learning '
-                        f'rate {learning_rate:.3g} and loss scale {scaler.get_scale():g}; '
-                        'the last checkpoint is from before this epoch'
-                    )
-            loss_sum += sum(values)
-            unread.clear()
-            shown = {'loss': f'{loss_sum / (progress.step + 1):.4f}', 'lr': f'{learning_rate:.2e}'}
+            read()
+            shown = {
+                'loss': f'{tally.loss_sum / max(tally.losses, 1):.4f}',
+                'lr': f'{learning_rate:.2e}',
+                'grad norm': f'{tally.norm_sum / max(tally.norms, 1):.3g}',
+                **({'skipped': f'{tally.skipped}'} if scaler.is_enabled() else {}),
+                's/step': f'{progress.seconds / (progress.step + 1 - first):.3f}',
+            }
             progress.show(shown, images=images_seen)
+        if group_ends and after_step is not None:
+            after_step(progress.step + 1, read)
 
-    stats = {'loss': loss_sum / progress.steps, 'lr': learning_rate}
+    read()
+    if not tally.losses:
+        raise InputError(f'the loss scaler left out all {tally.skipped} steps of epoch {epoch}: try --amp bf16 or off')
+    stats = {'loss': tally.loss_sum / tally.losses, 'lr': learning_rate, 'grad_norm': tally.norm_sum / tally.norms}
+    if scaler.is_enabled():
+        stats['skipped_steps'] = tally.skipped
     return stats if keep_rate is None else {**stats, 'keep_rate': keep_rate(progress.steps - 1)}
+
+
+def _non_finite(*, step: dict[str, Any], skipped: int) -> NonFiniteError:
+    """The error for a step: its losses or its gradient norm are no finite numbers."""
+    where = f'at epoch {step["epoch"]}, step {step["batch"]} of {step["batches"]}'
+    bad = [value for value in step['losses'] if not math.isfinite(value)]
+    what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {step["gradient_norm"]}'
+    rate = (
+        f', with learning rate {step["learning_rate"]:.3g} and loss scale {step["loss_scale"]:g}'
+        if 'losses' in step
+        else ''
+    )
+    row = f', for the {skipped}th step in a row' if skipped > 1 else ''
+    return NonFiniteError(f'{what} {where}{row}{rate}', step)
 
 
 @torch.inference_mode()
@@ -130,6 +224,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     sharded: bool = False,
     keep_rate: float | None = None,
+    stop: Callable[[], bool] | None = None,
     header: str = 'Test',
     print_freq: int = 10,
 ) -> dict[str, float]:
@@ -140,6 +235,7 @@ def evaluate(
         amp_dtype: autocast's type, None for float32.
         sharded: each process's loader holds its own share of the images; the counts are then summed.
         keep_rate: the model's argument of that name, if it is to have one.
+        stop: asked before each batch; where it says so the result is of the batches before that one, or empty.
 
     Returns:
         `loss`, the mean cross-entropy; `acc1` and `acc5` in percent, the latter top-k for k classes if there are fewer
@@ -151,6 +247,8 @@ def evaluate(
     right = torch.zeros(2, dtype=torch.int64, device=device)  # at once, among five
     images_seen = 0
     for images, targets in progress:
+        if stop is not None and stop():
+            break
         images_seen += int((targets >= 0).sum())  # in host memory still: no wait
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
@@ -168,6 +266,8 @@ def evaluate(
             all_reduce_sum(value)
     images_seen = int(total)
     right1, right5 = right.tolist()
+    if images_seen == 0:
+        return {}
     return {
         'loss': loss_sum.item() / images_seen,
         'acc1': 100 * right1 / images_seen,

@@ -12,7 +12,7 @@
 #
 # As published, the model is tuned in eval mode (BatchNorm frozen, no drop path), except on digits, which is no
 # published recipe; --train-mode and --no-train-mode change that.
-# The same variables as for run_code.sh override: MODEL, DATA, OUTPUT, NPROC, NNODES, NODE_RANK, MASTER_ADDR, ….
+# The same variables as for run_code.sh override: MODEL, DATA, OUTPUT (output/RECIPE-finetune), NPROC, ….
 set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 

@@ -87,10 +87,10 @@ def usable_workers(asked: int | None, *, processes: int = 1) -> int:
     return min(10, max(num_usable_cores() // processes, 1)) if asked is None else asked
 
 
-def leave(program: str, message: str, code: int) -> NoReturn:
+def leave(program: str, message: str, code: int, *, label: str = 'error') -> NoReturn:
     """Ends the program with a line on stderr."""
     rank = f' (process {get_rank()})' if get_rank() else ''
-    sys.stderr.write(f'{program}{rank}: error: {message}\n')
+    sys.stderr.write(f'{program}{rank}: {label}: {message}\n')
     sys.exit(code)
 
 
@@ -107,7 +107,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     try:
         yield
     except InputError as err:
-        leave(program, one_line(err), err.exit_code)
+        leave(program, one_line(err), err.exit_code, label=err.label)
     except BrokenPipeError:  # of `program | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -78,7 +79,24 @@ def decode(data: bytes | memoryview) -> Image.Image:
         raise ValueError(one_line(err)) from None
 
 
-class PackedStrings(Sequence[str]):
+T = TypeVar('T')
+
+
+class _MadeSequence(Sequence[T]):
+    """A sequence whose items are made when asked for; a subclass has `__len__` and `_item`."""
+
+    @abstractmethod
+    def _item(self, index: int) -> T: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._item(index % len(self))
+
+
+class PackedStrings(_MadeSequence[str]):
     """Strings in one block of memory, which forked loader processes share: a list of a million would be copied."""
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -89,16 +107,11 @@ class PackedStrings(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def _item(self, index: int) -> str:
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
-class Samples(Sequence[tuple[str, int]]):
+class Samples(_MadeSequence[tuple[str, int]]):
     """The pairs of path and class index of a data set, made when asked for."""
 
     def __init__(self, dataset: ImageDataset) -> None:
@@ -107,12 +120,8 @@ class Samples(Sequence[tuple[str, int]]):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._dataset.path(index % len(self)), self._dataset.target(index % len(self))
+    def _item(self, index: int) -> tuple[str, int]:
+        return self._dataset.path(index), self._dataset.target(index)
 
 
 class ImageDataset(Dataset[tuple[Any, int]]):
@@ -242,6 +251,22 @@ class ImageDataset(Dataset[tuple[Any, int]]):
             BadImageError: with its path, if it cannot be decoded.
         """
         return self._image(self._position(index))
+
+    def _content(self) -> bytes:
+        """What else than names and labels tells this data set from another; nothing for images in files."""
+        return b''
+
+    def fingerprint(self) -> str:
+        """A digest of classes, labels and names in their order, and of the pixels where they are in memory.
+
+        Equal for the same images in files and in LMDB. It does not read the files.
+        """
+        digest = hashlib.sha256(self._content())
+        digest.update('\0'.join(self.classes).encode(errors='surrogateescape'))
+        digest.update(self.targets.tobytes())
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.name(index)) + b'\0')
+        return digest.hexdigest()[:16]
 
     def select(self, indices: np.ndarray) -> None:
         """Keeps these of the images, in this order."""

@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from images import ImageDataset, Transform
+from interrupts import end_with_parent
 from utils import InputError, one_line, shorten
 
 FORMAT, VERSION = 'image records', 1
@@ -317,23 +318,11 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def _end_with_parent(worker: int) -> None:
-    """Ends a reader process soon after its parent, which a kill gave no time to tell it so."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)  # the loader's own watch hangs where a chunk waits in the pipe
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _read(chunks: _Chunks, workers: int) -> Iterator[Any]:
     """The chunks in order, read by several processes, which end with this one; two for each are kept in memory."""
     try:
         yield from DataLoader(
-            chunks, batch_size=None, num_workers=workers, collate_fn=_as_is, worker_init_fn=_end_with_parent
+            chunks, batch_size=None, num_workers=workers, collate_fn=_as_is, worker_init_fn=end_with_parent
         )
     except RuntimeError as err:  # how the loader reports a process that died
         raise InputError(f'a reader process failed: {one_line(err)}') from None

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
-import math
 import os
 import re
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 import checkpoint as ckpt
-from datasets import DATA_SETS, EraseSecondHalf, Splits, build_datasets, build_transform
-from engine import NonFiniteLossError, evaluate, train_one_epoch
+from datasets import DATA_SETS, AugmentedImages, Splits, build_datasets, build_transform
+from engine import evaluate
+from factory import (
+    DEFAULT_TEACHER,
+    check_output,
+    create_model,
+    create_teacher,
+    keeps_tokens_by_rate,
+    synchronize_stem,
+)
 from flags import (
     AMOUNT,
     COUNT,
@@ -43,11 +47,14 @@ from flags import (
     one_line_errors,
     usable_workers,
 )
+from interrupts import Interrupted, Interrupts, ignore_signals, leave_word, lost_contact, no_children_left
 from losses import DistillationLoss, Teacher, create_criterion
-from models import evit  # and all models are registered with timm
-from output import OutputFolder
-from samplers import EvalSampler, RASampler
+from models import evit
+from output import OutputFolder, holds_run
+from resume import Parts
+from samplers import EvalSampler, TrainBatches
 from speed import count_macs, images_per_second
+from training import Run, report_accuracy
 from utils import (
     InputError,
     Process,
@@ -57,7 +64,8 @@ from utils import (
     find_amp_dtype,
     find_device,
     find_process,
-    format_seconds,
+    from_main_process,
+    get_rank,
     in_turn,
     init_distributed,
     is_main_process,
@@ -66,11 +74,6 @@ from utils import (
     share_batchnorm_statistics,
 )
 
-# A resumed run keeps these from its checkpoint and says so where they differ.
-SCHEDULE_FLAGS = (
-    *('epochs', 'sched', 'lr', 'min_lr', 'warmup_lr', 'warmup_epochs', 'decay_epochs', 'decay_rate', 'batch_size'),
-    *('accum_steps', 'weight_decay', 'lr_noise', 'patience_epochs'),
-)  # fmt: skip
 # With --eval, flags that are not given are taken from the run that wrote the checkpoint.
 RECALLED_FLAGS = (
     *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp'),
@@ -97,6 +100,15 @@ def _blocks(text: str) -> list[int]:
     if not re.fullmatch(r'[\s(\[]*\d+([\s,]+\d+)*[\s,)\]]*', text):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of block numbers such as 3 6 9')
     return [int(number) for number in re.findall(r'\d+', text)]
+
+
+def _interval(text: str) -> tuple[str, float]:
+    """'500' or '10m' as ('steps', 500.0) or ('minutes', 10.0)."""
+    found = re.fullmatch(r'(\d+)|(\d+(?:\.\d*)?)m', text)
+    number = float(found[1] or found[2]) if found else 0
+    if found is None or number <= 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither steps, such as 500, nor minutes, such as 10m')
+    return ('steps' if found[1] else 'minutes'), number
 
 
 def get_args_parser() -> FlagParser:
@@ -201,6 +213,18 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--output_dir', default='', help='folder for checkpoints and logs; none by default')
     group.add_argument('--finetune', default='', metavar='FILE', help='path or URL of the weights to start from')
     group.add_argument('--resume', default='', metavar='FILE', help='path or URL of the checkpoint to go on from')
+    group.add_argument('--auto-resume', action=switch, default=False, help="go on from --output_dir's newest whole "
+                       'checkpoint, if there is one')  # fmt: skip
+    group.add_argument('--force-resume', action='store_true', help='go on although arguments or data differ from the '
+                       "checkpoint's; those given now count")  # fmt: skip
+    group.add_argument('--checkpoint-every', type=_interval, metavar='N', help='write a checkpoint every N optimizer '
+                       'steps, or minutes (10m), besides the one after each epoch')  # fmt: skip
+    group.add_argument('--export-safetensors', metavar='FILE', help='write the best weights there too, or with --eval '
+                       'those that are evaluated')  # fmt: skip
+    group.add_argument('--on-nan', default='stop', choices=('stop', 'rewind'), help='a loss or gradient that is no '
+                       'finite number: stop, or go back to the last checkpoint and leave that batch out')  # fmt: skip
+    group.add_argument('--most-skips', default=20, type=COUNT, help='optimizer steps that the loss scaler of fp16 may '
+                       'leave out in a row')  # fmt: skip
     group.add_argument('--start_epoch', default=0, type=COUNT, help='first epoch; --resume sets it')
     group.add_argument('--eval', action='store_true', help='evaluate only; the flags of the run that wrote the '
                        'checkpoint are the defaults')  # fmt: skip
@@ -208,6 +232,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--test_speed', action='store_true', help='print images per second and multiply-adds first')
     group.add_argument('--only_test_speed', action='store_true', help='print them and leave')
     group.add_argument('--seed', default=0, type=SEED, help='of every random draw')
+    group.add_argument('--deterministic', action='store_true', help='only operations that give the same bits each '
+                       'time, which GPUs need a flag for')  # fmt: skip
     group.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
     group.add_argument('--amp', default='auto', choices=('auto', 'off', 'fp16', 'bf16'),
                        help='mixed precision: auto is bf16 where the hardware has it, else fp16 on GPUs')  # fmt: skip
@@ -216,6 +242,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--world_size', default=1, type=FROM_ONE, help='number of processes, if started by hand')
     group.add_argument('--local_rank', default=0, type=COUNT, help="this process's number")
     group.add_argument('--dist_url', default='env://', help='env:// or tcp://HOST:PORT')
+    group.add_argument('--timeout', default=1800, type=POSITIVE, metavar='SECONDS', help='longest wait for another '
+                       'process of the group, or for a batch from a loader process')  # fmt: skip
     return parser
 
 
@@ -256,7 +284,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.start_epoch and args.resume:
         raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
-    if args.resume:
+    if args.eval and args.resume:
         typed = sys.argv[1:] if argv is None else argv
         typed_names = {arg.partition('=')[0].replace('_', '-') for arg in typed}
         stored = ckpt.stored_args(ckpt.load(args.resume))
@@ -266,8 +294,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             stored = {**stored, 'data_layout': None}
         if '--model' in typed_names and not keeps_tokens_by_rate(args.model):
             stored = {name: value for name, value in stored.items() if name not in EVIT_FLAGS}
-        if not args.eval:  # a resumed run goes on with its schedule of tokens; the other flags must be given again
-            stored = {name: value for name, value in stored.items() if name in EVIT_FLAGS}
         args = parser.parse_args([*stored_flags(stored), *typed])
 
     trains = not args.eval and not args.only_test_speed
@@ -294,156 +320,60 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError('--eval and --only_test_speed exclude each other')
     if args.start_epoch >= args.epochs:
         raise UsageError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
-    if trains and args.output_dir:
+    for flag, asked in (
+        ('--auto-resume', args.auto_resume),
+        ('--checkpoint-every', args.checkpoint_every is not None),
+        ('--on-nan rewind', args.on_nan == 'rewind'),
+    ):
+        if trains and asked and not args.output_dir:
+            raise UsageError(f'{flag} needs a folder for checkpoints: --output_dir')
+    if args.force_resume and not (args.resume or args.auto_resume):
+        raise UsageError('--force-resume needs --resume FILE or --auto-resume')
+    if trains and args.output_dir and not args.auto_resume:
         output = Path(args.output_dir)
-        holds_run = any((output / name).exists() for name in ('checkpoint.pth', 'best_checkpoint.pth', 'log.txt'))
         goes_on = bool(args.resume) and Path(args.resume).resolve().parent == output.resolve()
-        if holds_run and not goes_on:
-            raise UsageError(
-                f'{output} holds a run already: go on with --resume {output / "checkpoint.pth"}, '
-                'or choose another --output_dir'
-            )
+        if holds_run(output) and not goes_on:
+            raise UsageError(f'{output} holds a run already: go on with --auto-resume, or choose another --output_dir')
     return args
 
 
-def new_model(flag: str, name: str, img_size: int, kwargs: dict[str, Any]) -> nn.Module:
-    """A model by its name in timm's registry, told the image size in pixels if it takes one.
+def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+    """The student, or the only model.
 
     Raises:
-        UsageError: if timm does not know the name, or the model refuses its arguments.
-    """
-    if not timm.is_model(name):
-        near = ', '.join(timm.list_models(['dhvt_*', 'deit_*cifar*', 'deit_*shrink_base']))
-        raise UsageError(f"{flag} {name}: timm's registry has no such model; this project adds {near}")
-    try:
-        try:
-            return timm.create_model(name, **{'img_size': img_size, **kwargs})
-        except TypeError as err:
-            if 'img_size' not in str(err):
-                raise
-            return timm.create_model(name, **kwargs)  # convolutional networks are not told the size
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as err:
-        hint = '; --drop-path 0 leaves it out' if 'drop_path_rate' in str(err) else ''
-        raise UsageError(f'{flag} {name} refuses its arguments: {one_line(err)}{hint}') from None
-
-
-def keeps_tokens_by_rate(name: str) -> bool:
-    """Whether a model of timm's registry is an EViT."""
-    return timm.is_model(name) and timm.models.model_entrypoint(name).__module__ == evit.__name__
-
-
-def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
-    """Builds the student, or the only model.
-
-    Raises:
-        UsageError: if timm does not know the name, or the model refuses its arguments.
+        UsageError: if timm does not know it, it refuses its arguments, or flags of EViT are given for another one.
     """
     given = [name for name in EVIT_FLAGS if getattr(args, name) is not None]
     if given and not keeps_tokens_by_rate(args.model):
         why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
         raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
-    elsewhere = {name: f'--{name}' for name in ('base_keep_rate', 'fuse_token', 'drop_loc')}
-    elsewhere |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
-    for name, _ in args.model_kwargs:
-        if name in elsewhere:
-            raise UsageError(f'--model-kwargs {name}=…: this is set by {elsewhere[name]}')
-    drops = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path}  # a rate of 0 is not mentioned to the model
-    kwargs: dict[str, Any] = {**{name: rate for name, rate in drops.items() if rate > 0}, **dict(args.model_kwargs)}
-    if num_classes is not None:
-        kwargs['num_classes'] = num_classes
-    if args.base_keep_rate is not None:
-        kwargs['base_keep_rate'] = args.base_keep_rate
-    if args.fuse_token is not None:
-        kwargs['fuse_token'] = args.fuse_token
-    if args.drop_loc is not None:
-        kwargs['drop_loc'] = [number for numbers in args.drop_loc for number in numbers]
-    return new_model('--model', args.model, args.input_size, kwargs)
-
-
-def create_teacher(args: argparse.Namespace, num_classes: int, classes: Sequence[str]) -> Teacher:
-    """The teacher of distillation, at the image size and the normalisation that it was trained with.
-
-    A checkpoint of this program or of the published codes says its model's arguments, and has ImageNet's normalisation
-    as they do; for other weights timm's settings of the model count.
-
-    Raises:
-        UsageError: if timm does not know the model.
-        InputError: if the weights cannot be had, or are for another number of classes.
-    """
-    name = args.teacher_model or 'regnety_160'
-    stored: dict[str, Any] = {}
-    kwargs: dict[str, Any] = {}
-    weights = None
-    if args.teacher_path:
-        loaded = ckpt.load(args.teacher_path)
-        weights = ckpt.model_weights(loaded, args.teacher_path)
-        stored = ckpt.stored_args(loaded)
-        if not (isinstance(stored.get('data_set'), str) and isinstance(stored.get('input_size'), int)):
-            stored = {}  # of another program, whose arguments have other meanings
-        if stored.get('model', name) != name:
-            raise InputError(f'{args.teacher_path} is of {stored["model"]}: give that as --teacher-model, not {name}')
-        taught = loaded.get('classes')
-        if taught is not None and len(taught) == len(classes) and list(taught) != list(classes):
-            raise InputError(
-                f'the teacher {args.teacher_path} has other classes than the data set, or in another order'
-            )
-        kwargs |= dict(stored.get('model_kwargs') or [])
-        kwargs |= {key: stored[key] for key in ('base_keep_rate', 'fuse_token') if stored.get(key) is not None}
-        if stored.get('drop_loc') is not None:
-            kwargs['drop_loc'] = [number for numbers in stored['drop_loc'] for number in numbers]
-    if weights is not None:
-        cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
-        classifier = cfg.classifier if cfg is not None else None
-        head = weights.get(f'{classifier[0] if isinstance(classifier, (list, tuple)) else classifier}.weight')
-        if head is not None and len(head) != num_classes:
-            raise InputError(f'the teacher {args.teacher_path} has {len(head)} classes, the data set has {num_classes}')
-        settings = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg is not None else {})
-        size = int(stored.get('input_size', settings['input_size'][-1]))
-        model = new_model('--teacher-model', name, size, {**kwargs, 'num_classes': num_classes})
-        ckpt.load_whole(model, weights, args.teacher_path)
-    else:
-        if not timm.is_model(name):
-            new_model('--teacher-model', name, args.input_size, {})
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except Exception as err:  # whatever timm and the hub raise where there are no weights or no network
-            raise InputError(
-                f"cannot get timm's weights of {name} ({one_line(err)}): give --teacher-path FILE"
-            ) from None
-        if model.num_classes != num_classes:
-            raise InputError(
-                f"timm's weights of {name} have {model.num_classes} classes, the data set has {num_classes}: "
-                'give --teacher-path FILE'
-            )
-        settings = timm.data.resolve_data_config(model=model)
-        size = settings['input_size'][-1]
-    imagenet = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
-    own = imagenet if stored else settings
-    return Teacher(
-        model,
-        input_size=size,
-        mean=own['mean'],
-        std=own['std'],
-        student_mean=imagenet['mean'],
-        student_std=imagenet['std'],
+    return create_model(
+        args.model,
+        input_size=args.input_size,
+        num_classes=num_classes,
+        drop=args.drop,
+        drop_path=args.drop_path,
+        evit_settings=vars(args),
+        model_kwargs=args.model_kwargs,
     )
 
 
-def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int, flag: str = '--model') -> None:
-    """Puts one black image through the model.
+def build_teacher(args: argparse.Namespace, process: Process, model: nn.Module, splits: Splits) -> Teacher:
+    """The teacher, and the student made ready for it.
 
     Raises:
-        UsageError: if that fails, or does not end in logits (1, num_classes).
+        UsageError: if the student has one head only, or the teacher cannot be built.
+        InputError: if the teacher's weights cannot be had.
     """
-    image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
-    try:
-        with torch.no_grad():
-            logits = model.eval()(image)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as err:
-        raise UsageError(f'{flag} {name} cannot take images of {input_size} px: {one_line(err)}') from None
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
-        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UsageError(f'{flag} {name} gives {shape} for an image, where a row of {num_classes} logits is needed')
+    if not hasattr(model, 'set_distilled_training'):
+        raise UsageError(f'--distillation-type {args.distillation_type} needs a model with a second head, such as '
+                         f'dhvt_tiny_cifar_patch4_distilled; {args.model} has one')  # fmt: skip
+    model.set_distilled_training(True)  # type: ignore[operator]
+    sizes = {'input_size': args.input_size, 'num_classes': splits.num_classes}
+    with in_turn(process):
+        teacher = create_teacher(args.teacher_model, args.teacher_path, **sizes, classes=splits.val.classes)
+    check_output(teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, **sizes)
+    return teacher
 
 
 def load_splits(args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None) -> Splits:
@@ -491,27 +421,34 @@ def build_loaders(
         InputError: if the training images do not fill one batch.
     """
     workers = usable_workers(args.num_workers, processes=process.local_world_size)
-    common: dict[str, Any] = {'num_workers': workers, 'pin_memory': args.pin_mem and device.type == 'cuda'}
+    common: dict[str, Any] = {
+        'num_workers': workers,
+        'pin_memory': args.pin_mem and device.type == 'cuda',
+        'timeout': args.timeout if workers else 0,
+        'worker_init_fn': ignore_signals,
+    }
     replicas, rank = process.world_size, process.rank
     shard = EvalSampler(splits.val, num_replicas=replicas, rank=rank) if args.dist_eval else EvalSampler(splits.val)
     val_loader = DataLoader(splits.val, sampler=shard, batch_size=int(1.5 * args.batch_size), **common)
     if splits.train is None:
         return None, val_loader
-    # The seeds of the published samplers: the epoch, not --seed, decides the order.
-    sampler_class = RASampler if args.repeated_aug else DistributedSampler
-    sampler: Any = sampler_class(splits.train, num_replicas=replicas, rank=rank)
-    if len(sampler) < args.batch_size:
-        raise InputError(
-            f'{len(sampler)} training images for each process do not fill one batch: '
-            f'lower --batch-size {args.batch_size}'
-        )
-    erase = EraseSecondHalf(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
-    train_loader = DataLoader(
-        splits.train,
-        sampler=sampler,
+    batches = TrainBatches(
+        len(splits.train),
         batch_size=args.batch_size,
-        drop_last=True,
-        collate_fn=erase if args.resplit else None,
+        num_replicas=replicas,
+        rank=rank,
+        repeated=args.repeated_aug,
+        even=_mixes(args),
+    )
+    if not len(batches):
+        raise InputError(
+            f'{len(splits.train)} training images do not fill one batch of {args.batch_size} on each of {replicas} '
+            f'process{"es" if replicas > 1 else ""}: lower --batch-size'
+        )
+    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device='cpu')
+    train_loader = DataLoader(
+        AugmentedImages(splits.train, seed=args.seed, erase=erase if args.resplit else None),
+        batch_sampler=batches,
         persistent_workers=workers > 0,
         **common,
     )
@@ -567,84 +504,51 @@ def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.devic
     log(f'{rate:.1f} images/s in evaluation, batch {args.batch_size}, {args.input_size} px, {amp_name(amp)}, {device}')
 
 
-def report_accuracy(stats: dict[str, float]) -> None:
-    log(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
-    log(f'  acc@1 {stats["acc1"]:.4f}  acc@5 {stats["acc5"]:.4f}  loss {stats["loss"]:.6f}')
+def find_start(args: argparse.Namespace, process: Process, output: OutputFolder) -> tuple[str, dict[str, Any], bool]:
+    """The checkpoint to start from, if any: its name and content, and whether a run goes on from it.
 
-
-def restore(
-    args: argparse.Namespace, state: dict[str, Any], ema: ModelEmaV3 | None, optimizer: Any, scheduler: Any, scaler: Any
-) -> tuple[int, float]:
-    """Continues a run from its checkpoint, whose model is loaded already.
-
-    Returns:
-        The next epoch, and the best accuracy so far in percent, -1 if the checkpoint does not say.
-
-    Raises:
-        InputError: if the checkpoint is of another kind of run.
+    The output folder's is read by the main process for all, which need not have the same disk.
     """
-    source = args.resume
-    lacking = [name for name in ('optimizer', 'lr_scheduler', 'epoch') if state.get(name) is None]
-    if lacking:
-        raise InputError(f'{source} has no {", ".join(lacking)}: it cannot be resumed; start from it with --finetune')
-    stored = ckpt.stored_args(state)
-    if stored.get('opt', args.opt) != args.opt:
-        raise InputError(f'{source} is of a run with --opt {stored["opt"]}, not {args.opt}')
-    for name in SCHEDULE_FLAGS:
-        if name in stored and stored[name] != getattr(args, name):
-            log(f'Note: --{name} was {stored[name]} and stays so: the schedule goes on as {source} has it')
-    try:
-        if ema is not None:
-            weights = state.get('model_ema')
-            if weights is None:
-                log(f'{source} holds no moving average: it starts from the weights')
-            ckpt.load_whole(ema.module, weights or ckpt.model_weights(state, source), source)
-        optimizer.load_state_dict(state['optimizer'])
-        scheduler.load_state_dict(state['lr_scheduler'])
-        if state.get('scaler') and scaler.is_enabled():
-            scaler.load_state_dict(state['scaler'])
-        best = float(state.get('max_accuracy', -1.0))
-        epoch = int(state['epoch'])
-    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as err:
-        raise InputError(f'{source} is of a run with another optimizer or schedule: {one_line(err)}') from None
-    log(f'Resumed from {source}: epoch {epoch} is done, best accuracy {max(best, 0):.2f}%')
-    return epoch + 1, best
+    if args.auto_resume and not args.eval:
+        found = from_main_process(output.newest())
+        if found is not None:
+            return found[0], ckpt.from_bytes(found[1], found[0]), True
+    source = args.resume or args.finetune
+    if not source:
+        return '', {}, False
+    with in_turn(process):  # a URL is downloaded once
+        return source, ckpt.load(source), bool(args.resume)
 
 
-def synchronize_stem(model: nn.Module, device: torch.device) -> None:
-    """Lets the stem's BatchNorms, and no others, see the batches of all processes, as in the published code.
-
-    PyTorch's SyncBatchNorm exists on GPUs only; on CPUs each process normalises its own batch (DIFFERENCES.md).
-    """
-    if device.type == 'cuda' and isinstance(getattr(model, 'patch_embed', None), nn.Module):
-        model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
+def set_deterministic(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Builds everything from the arguments and runs the epochs; returns the last line of the log."""
     process = find_process(os.environ, world_size=args.world_size, local_rank=args.local_rank)
+    set_deterministic(args.deterministic)
     device = find_device(args.device or default_device(process), process=process)
-    init_distributed(process, device=device, dist_url=args.dist_url)
+    init_distributed(process, device=device, dist_url=args.dist_url, timeout=args.timeout)
     amp_dtype = find_amp_dtype(args.amp, device)
     random_seed(args.seed, process.rank)
-    torch.backends.cudnn.benchmark = True
 
     if args.only_test_speed:
-        model = create_model(args, args.nb_classes or DATA_SETS[args.data_set].num_classes).to(device)
+        model = build_model(args, args.nb_classes or DATA_SETS[args.data_set].num_classes).to(device)
         report_speed(args, model, device, amp_dtype)
         return {}
 
-    source = args.resume or args.finetune
-    loaded: dict[str, Any] = {}
-    if source:
-        with in_turn(process):  # a URL is downloaded once
-            loaded = ckpt.load(source)
-    head_stays = bool(args.resume or args.eval)
+    output = OutputFolder('' if args.eval else args.output_dir, export=args.export_safetensors)
+    source, loaded, resumes = find_start(args, process, output)
+    head_stays = resumes or args.eval
     splits = load_splits(args, process, loaded.get('classes') if head_stays else None)
     train_loader, val_loader = build_loaders(args, splits, process, device)
     for note in splits.notes:
         log(f'Note: {note}')
-    model = create_model(args, splits.num_classes).to(device)
+    model = build_model(args, splits.num_classes).to(device)
     check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes)
     if source:
         weights = ckpt.model_weights(loaded, source)
@@ -656,17 +560,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.test_speed:
         report_speed(args, model, device, amp_dtype)
 
-    def test(module: nn.Module, header: str, keep_rate: float | None = None) -> dict[str, float]:
+    def test(
+        module: nn.Module, header: str, keep_rate: float | None = None, stop: Callable[[], bool] | None = None
+    ) -> dict[str, float]:
         share_batchnorm_statistics(module)
         stats = evaluate(model=module, loader=val_loader, device=device, amp_dtype=amp_dtype,
-                         sharded=args.dist_eval, keep_rate=keep_rate, header=header)  # fmt: skip
+                         sharded=args.dist_eval, keep_rate=keep_rate, stop=stop, header=header)  # fmt: skip
         splits.val.log_bad_images()
         return stats
 
-    train_split = splits.train
-    if train_loader is None or train_split is None:
+    if train_loader is None or splits.train is None:
         stats = test(model, 'Test')
         report_accuracy(stats)
+        if args.export_safetensors and is_main_process():
+            described = ckpt.description({**loaded, 'args': vars(args), 'classes': splits.val.classes})
+            data = ckpt.to_safetensors(model.state_dict(), described)
+            ckpt.write_bytes(Path(args.export_safetensors), data)
         return {f'test_{name}': value for name, value in stats.items()}
 
     # Learning rates are given for a total batch of 512.
@@ -686,19 +595,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     criterion = create_criterion(mixed=mixed, smoothing=args.smoothing)
     teacher = None
     if args.distillation_type != 'none':
-        if not hasattr(model, 'set_distilled_training'):
-            raise UsageError(f'--distillation-type {args.distillation_type} needs a model with a second head, such as '
-                             f'dhvt_tiny_cifar_patch4_distilled; {args.model} has one')  # fmt: skip
-        model.set_distilled_training(True)  # type: ignore[operator]
-        with in_turn(process):
-            teacher = create_teacher(args, splits.num_classes, splits.val.classes).to(device)
-        check_output(
-            teacher,
-            flag='--teacher-model',
-            name=args.teacher_model or 'regnety_160',
-            input_size=args.input_size,
-            num_classes=splits.num_classes,
-        )
+        teacher = build_teacher(args, process, model, splits).to(device)
         criterion = DistillationLoss(
             criterion,
             kind=args.distillation_type,
@@ -708,7 +605,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     keep_rates = None
     if keeps_tokens_by_rate(args.model):
         keep_rates = evit.KeepRateSchedule(
-            base_keep_rate=0.7 if args.base_keep_rate is None else args.base_keep_rate,
+            base_keep_rate=evit.BASE_KEEP_RATE if args.base_keep_rate is None else args.base_keep_rate,
             start_epoch=10 if args.shrink_start_epoch is None else args.shrink_start_epoch,
             epochs=args.shrink_epochs or 0,
         )
@@ -723,105 +620,95 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         synchronized = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     optimizer = build_optimizer(args, model, lr, device)
     scheduler = build_scheduler(args, optimizer)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     model_ema = None
     if args.model_ema:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
         model_ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
-    start_epoch, best = args.start_epoch, -1.0
-    if args.resume:
-        start_epoch, best = restore(args, loaded, model_ema, optimizer, scheduler, scaler)
-    elif start_epoch:
-        scheduler.step(max(start_epoch - args.lr_delay_epochs, 0), 0.0)
 
-    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fingerprint = {
+        'data': f'{splits.train.fingerprint()}-{splits.val.fingerprint()}',
+        'total_batch': total_batch,
+        'processes': process.world_size,
+        'precision': amp_name(amp_dtype),
+        'train_mode': train_mode,
+        'threads': torch.get_num_threads(),
+        'device': device.type,
+        'torch': str(torch.__version__),
+    }
+    training = Run(
+        parts=Parts(
+            model, model_ema, optimizer, scheduler,
+            torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+        ),
+        trained=synchronized,
+        loader=train_loader,
+        dataset=splits.train,
+        test=test,
+        epoch_options={
+            'criterion': criterion,
+            'device': device,
+            'amp_dtype': amp_dtype,
+            'clip_grad': args.clip_grad,
+            'accum_steps': args.accum_steps,
+            'mixup_fn': mixup_fn,
+            'train_mode': train_mode,
+            'teacher': teacher,
+            'seed': args.seed,
+            'most_skips': args.most_skips,
+        },
+        keep_rates=keep_rates,
+        settings={'classes': splits.val.classes, 'args': vars(args), 'fingerprint': fingerprint},
+        last_epoch=args.epochs + args.cooldown_epochs,
+        lr_delay_epochs=args.lr_delay_epochs,
+        checkpoint_every=args.checkpoint_every,
+        rewinds=args.on_nan == 'rewind',
+        output=output,
+        interrupts=Interrupts(),
+    )  # fmt: skip
+    if resumes:
+        training.resume(loaded, source, force=args.force_resume)
+    elif args.start_epoch:
+        training.progress.epoch = args.start_epoch
+        scheduler.step(max(args.start_epoch - args.lr_delay_epochs, 0), 0.0)
+
     derived = {
         'lr_scaled': lr,
-        'total_batch': total_batch,
         'nb_classes': splits.num_classes,
-        'device': str(device),
-        'amp_dtype': amp_name(amp_dtype),
-        'world_size': process.world_size,
-        'train_mode': train_mode,
-        'n_parameters': num_parameters,
+        'n_parameters': training.num_parameters,
+        **fingerprint,
     }
-    output = OutputFolder(args.output_dir, {**vars(args), 'derived': derived})
+    output.begin(
+        {**vars(args), 'derived': derived},
+        epoch=training.progress.epoch,
+        lines=training.progress.history,
+        timings=training.progress.timings,
+    )
     log(
-        f'{args.model}, {num_parameters:,} parameters, on {args.data_set}: {len(train_split)} training and '
+        f'{args.model}, {training.num_parameters:,} parameters, on {args.data_set}: {len(splits.train)} training and '
         f'{len(splits.val)} test images, {splits.num_classes} classes'
     )
     log(
         f'{process.world_size} process{"es" if process.world_size > 1 else ""} on {device.type} in '
-        f'{derived["amp_dtype"]}, total batch {total_batch}, learning rate {lr:.3g}'
+        f'{fingerprint["precision"]}, total batch {total_batch}, learning rate {lr:.3g}'
     )
+    return training.train()
 
-    line: dict[str, Any] = {}
-    started = time.perf_counter()
-    last_epoch = args.epochs + args.cooldown_epochs
-    for epoch in range(start_epoch, last_epoch):
-        train_loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        train_stats = train_one_epoch(
-            model=synchronized,
-            criterion=criterion,
-            loader=train_loader,
-            optimizer=optimizer,
-            device=device,
-            epoch=epoch,
-            scaler=scaler,
-            amp_dtype=amp_dtype,
-            clip_grad=args.clip_grad,
-            accum_steps=args.accum_steps,
-            model_ema=model_ema,
-            mixup_fn=mixup_fn,
-            train_mode=train_mode,
-            teacher=teacher,
-            keep_rate=partial(keep_rates, epoch, steps=len(train_loader)) if keep_rates is not None else None,
-        )
-        keep_rate = train_stats.pop('keep_rate', None)
-        train_split.log_bad_images()
-        test_stats = test(model, 'Test', keep_rate)
-        if not math.isfinite(test_stats['loss']):
-            raise NonFiniteLossError(
-                f'the test loss is {test_stats["loss"]} after epoch {epoch}, with learning rate '
-                f'{train_stats["lr"]:.3g}; the last checkpoint is from before this epoch'
-            )
-        report_accuracy(test_stats)
-        line = {f'train_{name}': value for name, value in train_stats.items()}
-        line |= {f'test_{name}': value for name, value in test_stats.items() if name != 'images'}
-        if model_ema is not None:
-            ema_stats = test(copy.deepcopy(model_ema.module).to(device), 'Test of the moving average', keep_rate)
-            line |= {f'ema_test_{name}': value for name, value in ema_stats.items() if name != 'images'}
-            log(f'  moving average: acc@1 {ema_stats["acc1"]:.4f}')
-        is_best = test_stats['acc1'] > best
-        best = max(best, test_stats['acc1'])
-        line |= {'max_accuracy': best, 'epoch': epoch, 'n_parameters': num_parameters}
-        if keep_rate is not None:
-            line['keep_rate'] = keep_rate
-        if epoch + 1 > args.lr_delay_epochs:
-            scheduler.step(epoch + 1 - args.lr_delay_epochs, test_stats['loss'])
-        output.save(
-            {
-                'model': model.state_dict(),
-                'model_ema': model_ema.module.state_dict() if model_ema is not None else None,
-                'optimizer': optimizer.state_dict(),
-                'lr_scheduler': scheduler.state_dict(),
-                'scaler': scaler.state_dict(),
-                'epoch': epoch,
-                'max_accuracy': best,
-                'keep_rate': keep_rate,
-                'classes': splits.val.classes,
-                'args': vars(args),
-            },
-            best=is_best,
-        )
-        output.write_log(line)
 
-    if start_epoch >= last_epoch:
-        log(f'Nothing is left to train: the checkpoint has all {last_epoch} epochs')
-        report_accuracy(test(model, 'Test'))
-    log(f'Training time {format_seconds(time.perf_counter() - started)}, best accuracy {max(best, 0):.2f}%')
-    output.close()
-    return line
+def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
+    """What the user can do about an error of PyTorch's, None for one that says nothing about what was given."""
+    text = str(err)
+    if isinstance(err, torch.OutOfMemoryError):
+        return InputError('out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total')
+    if 'more than 1 value per channel' in text:
+        return UsageError('BatchNorm needs more than one value for each channel: raise --batch-size')
+    if 'DataLoader timed out' in text:
+        return InputError(f'a loader process gave no batch in {args.timeout:g} s (--timeout): it, or its disk, hangs')
+    if 'DataLoader worker' in text:
+        return InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less')
+    if isinstance(err, dist.DistError) or 'gloo' in text:
+        # gloo and NCCL report a process that is gone from inside whatever collective the others were in.
+        return InputError(lost_contact(get_rank(), err))
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -834,23 +721,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
     """
     with one_line_errors('main.py'):
+        args = parse_args(argv)
         try:
-            line = run(parse_args(argv))
-        except torch.OutOfMemoryError:
-            raise InputError(
-                'out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total'
-            ) from None
-        except ValueError as err:
-            if 'more than 1 value per channel' not in str(err):
+            with no_children_left():
+                line = run(args)
+        except Interrupted as stop:
+            if not is_main_process():
+                sys.exit(stop.exit_code)
+            raise
+        except (InputError, OSError) as err:
+            leave_word(get_rank(), one_line(err))
+            raise
+        except (torch.OutOfMemoryError, ValueError, dist.DistError, RuntimeError) as err:
+            reason = explain(err, args)
+            if reason is None:
+                leave_word(get_rank(), one_line(err))
                 raise
-            raise UsageError('BatchNorm needs more than one value for each channel: raise --batch-size') from None
-        except (dist.DistError, RuntimeError) as err:
-            # gloo and NCCL report a process that is gone from inside whatever collective the others were in.
-            if 'DataLoader worker' in str(err):
-                raise InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less') from None
-            if not isinstance(err, dist.DistError) and 'gloo' not in str(err):
-                raise
-            raise InputError(f'another process of the group has stopped: {one_line(err)}') from None
+            leave_word(get_rank(), str(reason))
+            raise reason from None
     if dist.is_initialized():  # not after an error: the other processes may never come to the same point
         dist.destroy_process_group()
     return line

@@ -2,15 +2,135 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from torch import Tensor
 
-from checkpoint import save, write_file
-from utils import is_main_process
+import checkpoint as ckpt
+from utils import InputError, is_main_process, log, one_line
+
+CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has a run's checkpoints or log."""
+    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS, BEST, 'log.txt'))
+
+
+def copy_to_host(value: Any) -> Any:
+    """A copy, in host memory, of tensors inside dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.device.type == 'cpu' else value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: copy_to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copy_to_host(item) for item in value)
+    return value
+
+
+class BackgroundWriter:
+    """Writes whole files in a thread, so that training goes on.
+
+    A file that cannot be written, as on a full disk, is reported and kept in memory; it is tried again with the next
+    ones, unless there is newer content for its name by then.
+
+    Args:
+        previous: the name that a file's old content gets, for files that have one.
+    """
+
+    def __init__(self, previous: Mapping[Path, Path]) -> None:
+        self._previous = previous
+        self._thread: threading.Thread | None = None
+        self._pending: dict[Path, bytes] = {}
+        self._failure = ''
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def put(self, make: Callable[[], Mapping[Path, bytes]]) -> None:
+        """Has the thread make files' bytes and write them, after what it is writing."""
+        self.wait()
+        self._thread = threading.Thread(target=self._work, args=(make,), name='writer')
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _work(self, make: Callable[[], Mapping[Path, bytes]]) -> None:
+        try:
+            self._pending.update(make())
+        except Exception as err:
+            self._failure = f'a checkpoint could not be made: {one_line(err)}'
+            log(f'Warning: {self._failure}; the run goes on, and tries again at the next save')
+            return
+        self._failure = ''
+        for path, data in list(self._pending.items()):
+            try:
+                ckpt.write_bytes(path, data, previous=self._previous.get(path))
+                del self._pending[path]
+            except OSError as err:
+                self._failure = f'{path} could not be written: {err.strerror or one_line(err)}'
+                log(f'Warning: {self._failure}; what it held stays, the run goes on, and tries again at the next save')
+
+    def close(self) -> None:
+        """Waits, and tries a last time what could not be written.
+
+        Raises:
+            InputError: if that fails again.
+        """
+        self.wait()
+        if self._failure:
+            self.put(dict)
+            self.wait()
+        if self._failure:
+            raise InputError(self._failure)
+
+
+class _Events:
+    """tensorboardX's event file, written in the caller's thread: the library's own stops for good on a full disk."""
+
+    def __init__(self, folder: Path, *, first: int) -> None:
+        self._folder = folder
+        self._first = first  # lines from this epoch on replace those of earlier starts
+        self._writer: EventsWriter | None = None
+        self._unwritten: list[dict[str, Any]] = []
+
+    def add(self, line: dict[str, Any]) -> None:
+        self._unwritten.append(line)
+        try:
+            if self._writer is None:
+                self._folder.mkdir(exist_ok=True)
+                self._writer = EventsWriter(str(self._folder / 'events'))
+                start = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(session_log=start, step=self._unwritten[0]['epoch']))
+            for entry in self._unwritten:
+                for name, value in entry.items():
+                    self._writer.write_event(
+                        Event(wall_time=time.time(), step=entry['epoch'], summary=summary.scalar(name, value))
+                    )
+            self._writer.flush()
+            self._unwritten.clear()
+        except OSError as err:
+            self._writer = None  # its file may end in half a line
+            log(f'Warning: {self._folder}: {err.strerror or one_line(err)}; the run goes on, and tries again later')
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 class OutputFolder:
@@ -18,33 +138,146 @@ class OutputFolder:
 
     Args:
         path: the folder, made if absent.
-        settings: what goes into args.yaml.
+        export: a safetensors file for the best weights, if there is to be one.
+
+    Raises:
+        InputError: if another process writes to the folder.
+        OSError: if it cannot be written.
     """
 
-    def __init__(self, path: str, settings: dict[str, Any]) -> None:
+    def __init__(self, path: str, *, export: str | None = None) -> None:
         self.path = Path(path) if path and is_main_process() else None
+        self._export = Path(export) if export and is_main_process() else None
+        self.wanted = bool(path)  # also on the other processes
+        self._lock: int | None = None
+        self._events: _Events | None = None
+        self._files = BackgroundWriter({} if self.path is None else {self.path / CHECKPOINT: self.path / PREVIOUS})
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(settings, sort_keys=False)
-            write_file(self.path / 'args.yaml', lambda file: file.write(text.encode()))
-            self.writer = SummaryWriter(str(self.path / 'runs'))
+            self._take_lock(self.path / '.lock')
+            ckpt.remove_temporary(self.path)
 
-    def save(self, state: dict[str, Any], *, best: bool) -> None:
-        """Writes checkpoint.pth, and best_checkpoint.pth too if this is the best so far."""
-        if self.path is not None:
-            save(self.path / 'checkpoint.pth', state)
-            if best:
-                save(self.path / 'best_checkpoint.pth', state)
+    def _take_lock(self, path: Path) -> None:
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
+        except (BlockingIOError, PermissionError):
+            raise InputError(f'another process writes to {self.path}: wait for it, or choose another folder') from None
+        except OSError:
+            pass  # some network file systems have no locks
 
-    def write_log(self, line: dict[str, Any]) -> None:
-        """Appends a line to log.txt and to tensorboardX; `line` holds finite numbers, 'epoch' among them."""
-        if self.path is not None:
-            with open(self.path / 'log.txt', 'a') as file:
-                file.write(json.dumps(line, allow_nan=False) + '\n')
-            for name, value in line.items():
-                self.writer.add_scalar(name, value, line['epoch'])
-            self.writer.flush()
+    def newest(self) -> tuple[str, bytes] | None:
+        """The newest whole checkpoint, as its path and bytes; None if there are none.
+
+        A damaged one is reported, and set aside under a name that begins with `damaged_`.
+
+        Raises:
+            InputError: if there are checkpoints, but none is whole.
+        """
+        if self.path is None:
+            return None
+        found = [self.path / name for name in (CHECKPOINT, PREVIOUS, BEST) if (self.path / name).exists()]
+        whole: list[tuple[tuple[int, int], str, bytes]] = []
+        for path in found:
+            try:
+                data = ckpt.read(str(path))
+                state = ckpt.from_bytes(data, str(path))
+            except InputError as err:
+                log(f'Warning: {err}; the one before it is used')
+                continue
+            place = (int(state.get('epoch', -1)), int((state.get('progress') or {}).get('done', 0)))
+            whole.append((place, str(path), data))
+            if path.name == CHECKPOINT:
+                break
+        if found and not whole:
+            raise InputError(f'{self.path} has checkpoints, but none is whole: move them away to start over')
+        if not whole:
+            return None
+        _, source, data = max(whole, key=lambda entry: entry[0])
+        if found[0].name == CHECKPOINT and source != str(found[0]):
+            found[0].replace(self.path / f'damaged_{CHECKPOINT}')
+        return source, data
+
+    def begin(self, settings: dict[str, Any], *, epoch: int, lines: Sequence[dict], timings: Sequence[dict]) -> None:
+        """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them.
+
+        Args:
+            settings: what goes into args.yaml.
+            epoch: the one that is trained next.
+            lines, timings: of the epochs before it.
+        """
+        if self.path is None:
+            return
+        text = yaml.safe_dump(settings, sort_keys=False)
+        ckpt.write_bytes(self.path / 'args.yaml', text.encode())
+        for path, data in self._logs(lines, timings).items():
+            if lines or path.exists():
+                ckpt.write_bytes(path, data)
+        self._events = _Events(self.path / 'runs', first=epoch)
+
+    def _logs(self, lines: Sequence[dict], timings: Sequence[dict]) -> dict[Path, bytes]:
+        assert self.path is not None
+        return {
+            self.path / name: ''.join(json.dumps(entry, allow_nan=False) + '\n' for entry in entries).encode()
+            for name, entries in (('log.txt', lines), ('timing.txt', timings))
+        }
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last checkpoint is still being written."""
+        return self._files.busy
+
+    def save(self, state: dict[str, Any], *, best: bool = False) -> None:
+        """Writes checkpoint.pth, and best_checkpoint.pth too if this is the best so far, in the background.
+
+        Returns when the tensors are copied to host memory; waits for an earlier save that is not finished. log.txt and
+        timing.txt are written with it, from the state's `history` and `timings`.
+        """
+        if self.path is None and (self._export is None or not best):
+            return
+        copied = copy_to_host(state)
+
+        def make() -> dict[Path, bytes]:
+            files = {}
+            if self.path is not None:
+                data = ckpt.to_bytes(copied)
+                files = {self.path / CHECKPOINT: data, **({self.path / BEST: data} if best else {})}
+                if copied['progress'] is None:
+                    files |= self._logs(copied['history'], copied['timings'])
+            if best and self._export is not None:
+                files[self._export] = ckpt.to_safetensors(copied['model'], ckpt.description(copied))
+            return files
+
+        self._files.put(make)
+
+    def add_events(self, line: dict[str, Any]) -> None:
+        """Adds an epoch's numbers, 'epoch' among them, to tensorboardX's file."""
+        if self._events is not None:
+            self._events.add(line)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on the disk."""
+        self._files.wait()
+
+    def dump(self, name: str, content: Mapping[str, Any]) -> str:
+        """Writes a JSON file; returns ' (its path)', or an empty string if there is no folder."""
+        if self.path is None:
+            return ''
+        text = json.dumps(content, indent=1)
+        ckpt.write_bytes(self.path / name, text.encode())
+        return f' ({self.path / name})'
 
     def close(self) -> None:
-        if self.path is not None:
-            self.writer.close()
+        """Waits for all files.
+
+        Raises:
+            InputError: if one of them could not be written.
+        """
+        try:
+            self._files.close()
+        finally:
+            if self._events is not None:
+                self._events.close()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None

@@ -16,9 +16,13 @@
 # Published values: DHVT (NeurIPS 2022), tables 3, 4 and 13 and appendix; DeiT (ICML 2021), EViT (ICLR 2022).
 # Everything that they leave to main.py's defaults is DeiT's: AdamW, cosine, weight decay 0.05, RandAugment, mixup, cutmix, erasing, repeated augmentation.
 #
+# The same command again goes on from the newest checkpoint in its folder, output/RECIPE unless OUTPUT names another;
+# with other flags it needs another OUTPUT.
+#
 # From the environment: MODEL (a ..._small_... one takes S's batch), DATA, OUTPUT, NPROC (all GPUs, or one CPU
-# process), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, ACCUM (batches a step, where memory is short), PYTHON,
-# DRY_RUN=1 (print the command only). The total batch stays what the table says, however many processes share it.
+# process), NNODES, MASTER_ADDR, MASTER_PORT, RESTARTS (of the group, once a process of it died), ACCUM (batches a
+# step, where memory is short), PYTHON, DRY_RUN=1 (print the command only). The total batch stays what the table says,
+# however many processes share it. slurm.sh submits a recipe to SLURM.
 set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 

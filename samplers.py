@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
+from typing import NamedTuple
 
+import numpy as np
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
 
 class RASampler(RepeatAugSampler):
@@ -36,6 +38,125 @@ class RASampler(RepeatAugSampler):
             num_repeats=num_repeats,
             selected_round=256 if len(dataset) >= 256 else 0,
         )
+
+
+class Draw(NamedTuple):
+    """One appearance of an image in training. With the run's seed, it decides the image's augmentation."""
+
+    image: int  # its index in the data set
+    epoch: int
+    repeat: int  # how often the image has stood in this epoch before
+
+
+class TrainBatches(Sampler[list[Draw]]):
+    """The batches of one process, for a DataLoader's `batch_sampler`.
+
+    An epoch is a fixed sequence of draws, the published one: repeated augmentation's, or a permutation seeded with the
+    epoch. Batch k of all processes together takes the k-th stretch of it, whose draws are dealt out in turn; what does
+    not fill a last batch is left out. A stretch that is to go on in the middle may have other processes or batch
+    sizes than it began with: the draws that remain are dealt out to those, each once. Should they be fewer than the
+    processes, they are left out.
+
+    Args:
+        num_images: in the data set.
+        batch_size: draws for each process and batch.
+        num_replicas: the number of processes.
+        rank: this process's number.
+        repeated: use repeated augmentation.
+        even: give each process an even number of draws, which mixing needs.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        *,
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        repeated: bool = False,
+        even: bool = False,
+    ) -> None:
+        self.num_images = num_images
+        self.total_batch = batch_size * num_replicas
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.repeats = 3 if repeated else 1
+        self.unit = 2 if even else 1
+        images = range(num_images)
+        # Over one process: the sequence that the published samplers deal out to several.
+        self._sampler: RASampler | DistributedSampler = (
+            RASampler(images, num_repeats=self.repeats)
+            if repeated
+            else DistributedSampler(images, num_replicas=1, rank=0)  # type: ignore[arg-type]
+        )
+        length = len(self._sampler)
+        if not repeated or num_images < 256:  # the published samplers fill up the last turn, or cut it off
+            length += -length % num_replicas
+        self.num_draws = length // self.total_batch * self.total_batch
+        self.start(0)
+
+    def start(
+        self,
+        epoch: int,
+        *,
+        done: int = 0,
+        num_draws: int | None = None,
+        left_out: Sequence[tuple[int, int]] = (),
+        first: int = 0,
+    ) -> None:
+        """Sets the epoch, and the place in it, for the next iteration.
+
+        Args:
+            epoch: seeds the order.
+            done: draws of all processes that have been trained with.
+            num_draws: the epoch's length, if it began with other processes or batch sizes.
+            left_out: stretches of draws, from and up to, that are not to be trained with.
+            first: the number of the first batch, for those that count them.
+        """
+        self.epoch, self.first = epoch, first
+        self.length = self.num_draws if num_draws is None else num_draws
+        places = np.arange(done, self.length)
+        for begin, end in left_out:
+            places = places[(places < begin) | (places >= end)]
+        count, rest = divmod(len(places), self.total_batch)
+        dealt_by = 1
+        if rest:  # of another number of processes: batches as equal as can be, none of which leaves a process without
+            dealt_by = self.unit
+            turns = len(places) // (dealt_by * self.num_replicas)
+            count = min(count + 1, turns)
+            places = places[: len(places) // dealt_by * dealt_by]
+        self._dealt_by = dealt_by
+        units = places.reshape(-1, dealt_by)
+        self._batches = [part.reshape(-1) for part in np.array_split(units, count)] if count else []
+        self.unplaced = 0 if count else len(places)  # draws, fewer than there are processes
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def stretch(self, number: int) -> tuple[int, int]:
+        """Where in the epoch's sequence batch `number` of all processes begins and ends."""
+        batch = self._batches[number - self.first]
+        return int(batch[0]), int(batch[-1]) + 1
+
+    def draws(self, number: int) -> list[list[Draw]]:
+        """The draws of batch `number`, for each process."""
+        order = self._order()
+        return [self._deal(self._batches[number - self.first], rank, order) for rank in range(self.num_replicas)]
+
+    def _order(self) -> np.ndarray:
+        self._sampler.set_epoch(self.epoch)
+        return np.fromiter(self._sampler, dtype=np.int64, count=len(self._sampler))
+
+    def _deal(self, batch: np.ndarray, rank: int, order: np.ndarray) -> list[Draw]:
+        own = batch.reshape(-1, self._dealt_by)[rank :: self.num_replicas].reshape(-1)
+        turns = own // len(order) * self.repeats + own % len(order) % self.repeats
+        indices = order[own % len(order)]
+        return [Draw(i, self.epoch, turn) for i, turn in zip(indices.tolist(), turns.tolist(), strict=True)]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = self._order()
+        for batch in self._batches:
+            yield self._deal(batch, self.rank, order)
 
 
 class EvalSampler(Sampler[int]):

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils import distribute_bn
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
+
+T = TypeVar('T')
 
 
 class InputError(Exception):
     """What the user gave cannot be used. Its text is one line: what is wrong, and what to do about it."""
 
     exit_code = 1
+    label = 'error'
 
 
 class UsageError(InputError):
@@ -38,6 +45,29 @@ def one_line(error: BaseException) -> str:
     if lines[0].startswith('Caught ') and len(lines) > 1:  # how torch wraps what a loader process raised
         return lines[-1].partition(': ')[2] or lines[-1]
     return lines[0]
+
+
+# Random numbers
+
+
+def seed_all(*numbers: int, devices: bool = True) -> None:
+    """Seeds Python's, NumPy's and PyTorch's random numbers with whole numbers from 0 on, all of which count.
+
+    What is drawn after it depends on nothing that came before it; so a run that goes on from a checkpoint needs no
+    state of theirs, on however many processes.
+
+    Args:
+        numbers: mixed by NumPy's SeedSequence.
+        devices: seed those of the GPUs too.
+    """
+    low, high = (int(part) for part in np.random.SeedSequence(numbers).generate_state(2))
+    random.seed(low)
+    np.random.seed(low)
+    seed = low | (high >> 1) << 32  # below 2**63
+    if devices:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 # Processes
@@ -101,29 +131,43 @@ def _slurm_rendezvous(env: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def init_distributed(process: Process, *, device: torch.device, dist_url: str) -> None:
-    """Joins the process group: NCCL for GPUs, gloo for the rest. Does nothing for a single process.
+_store: dist.Store | None = None  # where processes leave words for each other
+
+
+def get_store() -> dist.Store | None:
+    return _store
+
+
+def init_distributed(process: Process, *, device: torch.device, dist_url: str, timeout: float) -> None:
+    """Joins the process group: NCCL for tensors on GPUs, gloo for the rest. Does nothing for a single process.
 
     Args:
         process: this process's place.
         device: where its tensors live.
         dist_url: `env://` or `tcp://HOST:PORT`.
+        timeout: seconds after which a process gives up waiting for the others.
 
     Raises:
         InputError: if the group cannot be made.
     """
+    global _store
     if process.world_size == 1:
         return
     if process.launcher == 'slurm' and dist_url == 'env://':
         os.environ.update(_slurm_rendezvous(os.environ))
     if process.rank == 0 and process.launcher != 'torchrun':
         print(f'Waiting for {process.world_size - 1} further processes ({process.launcher})', flush=True)
+    limit = timedelta(seconds=timeout)
     try:
+        store, _, _ = next(rendezvous(dist_url, process.rank, process.world_size, timeout=limit))
+        store.set_timeout(limit)
+        _store = dist.PrefixStore('words', store)
         dist.init_process_group(
-            backend='nccl' if device.type == 'cuda' else 'gloo',
-            init_method=dist_url,
+            backend='cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+            store=dist.PrefixStore('group', store),
             world_size=process.world_size,
             rank=process.rank,
+            timeout=limit,
             device_id=device if device.type == 'cuda' else None,
         )
         dist.barrier()
@@ -175,12 +219,18 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_reduce_max(values: Tensor) -> None:
-    """Replaces a tensor in host memory by the largest values over all processes."""
+    """Replaces a tensor by the largest values over all processes."""
     if is_distributed():
-        device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'  # NCCL reduces on GPUs only
-        reduced = values.to(device)
-        dist.all_reduce(reduced, dist.ReduceOp.MAX)
-        values.copy_(reduced)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+
+
+def from_main_process(value: T) -> T:
+    """The main process's value, on all of them; `value` is not looked at on the others."""
+    if not is_distributed():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device('cpu'))
+    return values[0]
 
 
 def share_batchnorm_statistics(model: nn.Module) -> None:
@@ -214,24 +264,28 @@ class Progress(Generic[LoaderT]):
         loader: anything that has a length and can be iterated over.
         header: what the line starts with.
         print_freq: steps between two lines or bar updates with values.
+        first: the number of the first step, where an epoch goes on.
     """
 
-    def __init__(self, loader: LoaderT, *, header: str, print_freq: int) -> None:
+    def __init__(self, loader: LoaderT, *, header: str, print_freq: int, first: int = 0) -> None:
         self.loader = loader
         self.header = header
         self.print_freq = print_freq
-        self.steps = len(loader)
-        self.step = 0
+        self.first = first
+        self.steps = first + len(loader)
+        self.step = first
         self.data_time = 0.0  # seconds spent waiting for the loader
         self.start = time.perf_counter()
         self.bar: tqdm | None = None
 
     def __iter__(self) -> Iterator[Any]:
         if is_main_process() and sys.stdout.isatty():
-            self.bar = tqdm(total=self.steps, desc=self.header, file=sys.stdout, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=self.steps, initial=self.first, desc=self.header, file=sys.stdout, leave=False, dynamic_ncols=True
+            )
         self.start = asked = time.perf_counter()
         try:
-            for step, batch in enumerate(self.loader):
+            for step, batch in enumerate(self.loader, start=self.first):
                 self.step = step
                 self.data_time += time.perf_counter() - asked
                 yield batch
@@ -257,7 +311,7 @@ class Progress(Generic[LoaderT]):
         if self.bar is not None:
             self.bar.set_postfix_str(f'{text}  {rate:.0f} images/s')
         elif is_main_process():
-            left = self.seconds / (self.step + 1) * (self.steps - self.step - 1)
+            left = self.seconds / (self.step + 1 - self.first) * (self.steps - self.step - 1)
             position = f'[{self.step + 1:{len(str(self.steps))}}/{self.steps}]'
             log(f'{self.header} {position}  {text}  {rate:.0f} images/s  {format_seconds(left)} left')
 

@@ -25,6 +25,8 @@ __all__ = ['EViT', 'KeepRateSchedule']
 
 KeepRate = float | Sequence[float] | None
 
+BASE_KEEP_RATE = 0.7
+
 
 class Kept(NamedTuple):
     """What a block did with its patch tokens: the indices of the kept ones (B, k), in descending order of attention,
@@ -114,7 +116,7 @@ class EViT(VisionTransformer):
     def __init__(
         self,
         *,
-        base_keep_rate: float = 0.7,
+        base_keep_rate: float = BASE_KEEP_RATE,
         drop_loc: Sequence[int] = (3, 6, 9),
         fuse_token: bool = False,
         **kwargs: Any,

@@ -83,7 +83,7 @@ def test_truncated_checkpoint(tmp_path: Path) -> None:
     ckpt.save(tmp_path / 'a.pth', {'model': {'weight': torch.randn(1000)}})
     content = (tmp_path / 'a.pth').read_bytes()
     (tmp_path / 'a.pth').write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match='is damaged, or no checkpoint'):
+    with pytest.raises(InputError, match='is damaged'):
         ckpt.load(str(tmp_path / 'a.pth'))
 
 

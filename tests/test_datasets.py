@@ -17,10 +17,12 @@ from PIL import Image
 from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from datasets import EraseSecondHalf, build_datasets, build_transform, find_name, load_digits
+from datasets import AugmentedImages, build_datasets, build_transform, find_name, load_digits
+from samplers import Draw, TrainBatches
 from utils import InputError, UsageError
 
 MakeFolder = Callable[..., Path]
@@ -196,8 +198,39 @@ def test_unknown_policy_is_refused(policy: str) -> None:
 
 
 def test_resplit_erases_in_the_second_half_only() -> None:
-    torch.manual_seed(0)
-    samples = [(torch.full((3, 16, 16), 9.0), i) for i in range(8)]
-    images, targets = EraseSecondHalf(re_prob=1.0, re_mode='const', re_count=1)(samples)
-    erased = (images != 9).flatten(1).any(dim=1)
-    assert erased.tolist() == [False] * 4 + [True] * 4 and targets.tolist() == list(range(8))
+    grey = load_digits(train=True, transform=lambda image: torch.full((3, 16, 16), 9.0))
+    erase = RandomErasing(1.0, mode='const', max_count=1, device='cpu')
+    samples = AugmentedImages(grey, seed=0, erase=erase).__getitems__([Draw(i, 0, 0) for i in range(8)])
+    assert [bool((image != 9).any()) for image, _ in samples] == [False] * 4 + [True] * 4
+    assert [target for _, target in samples] == grey.targets[:8].tolist()
+
+
+def test_a_sample_depends_on_its_draw_alone() -> None:
+    """Seed, image, epoch and repeat each give another augmentation; nothing that was drawn before does."""
+    transform = build_transform(train=True, input_size=16)
+    images = AugmentedImages(load_digits(train=True, transform=transform), seed=0)
+    first, _ = images[Draw(5, 2, 1)]
+    images[Draw(6, 2, 1)]
+    assert torch.equal(images[Draw(5, 2, 1)][0], first)
+    assert torch.equal(images.__getitems__([Draw(9, 2, 1), Draw(5, 2, 1)])[1][0], first)
+    for other in (Draw(5, 3, 1), Draw(5, 2, 0)):
+        assert not torch.equal(images[other][0], first)
+    assert not torch.equal(AugmentedImages(images.dataset, seed=1)[Draw(5, 2, 1)][0], first)
+
+
+@pytest.mark.parametrize('erase', [None, RandomErasing(0.5, device='cpu')])
+def test_batches_do_not_depend_on_the_workers(erase: RandomErasing | None) -> None:
+    """Also those of a loader that starts in the middle of an epoch."""
+    transform = build_transform(train=True, input_size=16)
+    images = AugmentedImages(load_digits(train=True, transform=transform), seed=3, erase=erase)
+
+    def batches(workers: int, done: int = 0) -> list[torch.Tensor]:
+        order = TrainBatches(len(images), batch_size=128, repeated=True)
+        order.start(1, done=done)
+        return [batch for batch, _ in DataLoader(images, batch_sampler=order, num_workers=workers)]
+
+    alone = batches(0)
+    assert len(alone) == 10 and not torch.equal(alone[0], alone[1])
+    for workers in (1, 2, 4):
+        assert all(torch.equal(*pair) for pair in zip(batches(workers), alone, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(batches(2, done=7 * 128), alone[7:], strict=True))

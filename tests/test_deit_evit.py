@@ -380,8 +380,8 @@ def test_evit_trains_through_its_schedule_and_resumes(tmp_path: Path, capsys: py
     main([*flags, '--epochs', '2', '--output_dir', str(half)])
     state = ckpt.load(str(half / 'checkpoint.pth'))
     assert state['keep_rate'] == rates[1]
-    short = [*DIGITS, *EVIT[: EVIT.index('--drop_loc')]]  # the checkpoint knows the rest
-    main([*short, '--epochs', '4', '--output_dir', str(half), '--resume', str(half / 'checkpoint.pth')])
+    more = ['--epochs', '4', '--output_dir', str(half), '--auto-resume', '--force-resume']
+    main([*flags, *more])
     stored = ckpt.stored_args(ckpt.load(str(half / 'checkpoint.pth')))
     assert (stored['base_keep_rate'], stored['fuse_token'], stored['drop_loc']) == (0.5, True, [[1], [2]])
     again = [json.loads(line)['keep_rate'] for line in (half / 'log.txt').read_text().splitlines()]
@@ -417,7 +417,7 @@ def test_flags_for_other_models_are_refused(flags: list[str], message: str, caps
 
 @pytest.mark.parametrize('spelling', [['3', '6'], ['(3, 6)'], ['3,6'], ['[3, 6]'], ['(3,', '6)']])
 def test_spellings_of_drop_loc(spelling: list[str]) -> None:
-    from main import create_model, parse_args
+    from main import build_model, parse_args
 
-    model = create_model(parse_args(['--model', 'deit_tiny_patch16_shrink_base', '--drop_loc', *spelling]), 10)
+    model = build_model(parse_args(['--model', 'deit_tiny_patch16_shrink_base', '--drop_loc', *spelling]), 10)
     assert [i for i, block in enumerate(model.blocks) if block.keep_rate < 1] == [3, 6]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import NonFiniteLossError, evaluate, train_one_epoch
+from engine import NonFiniteError, evaluate, train_one_epoch
 
 CPU = torch.device('cpu')
 
@@ -73,7 +73,7 @@ def test_train_mode_decides_about_batchnorm(train_mode: bool) -> None:
 def test_non_finite_loss_stops_at_its_step(value: float) -> None:
     images, targets = data(40)
     images[25] = value  # in the seventh batch of four
-    with pytest.raises(NonFiniteLossError) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         train(linear().float(), loader(images, targets, 4))
     text = str(caught.value)
     assert 'the loss is nan' in text or 'the loss is inf' in text
@@ -109,7 +109,7 @@ def test_values_are_read_only_to_print() -> None:
         scaler=torch.amp.GradScaler('cpu', enabled=False),
         print_freq=5,
     )
-    assert Counted.reads == 5  # after steps 0, 5, 10, 15 and the last, 19
+    assert Counted.reads == 5  # losses, after steps 0, 5, 10, 15 and the last, 19
 
 
 def test_evaluation_is_exact() -> None:

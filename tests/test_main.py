@@ -134,39 +134,39 @@ def test_cooldown_adds_epochs_at_the_last_rate(flags: list[str], tmp_path: Path)
 
 
 def test_resume_goes_on_where_the_run_stopped(flags: list[str], tmp_path: Path) -> None:
-    """Two epochs, then two resumed ones, end as four do: weights, moving average, rate, best accuracy."""
+    """Two epochs, then two more of a longer schedule: its rates, the best accuracy of all, all lines in its log."""
     common = [*flags, '--epochs', '4', '--model-ema', '--model-ema-decay', '0.9']
     main([*common, '--output_dir', str(tmp_path / 'whole')])
     main([*flags, '--epochs', '2', '--model-ema', '--model-ema-decay', '0.9', '--output_dir', str(tmp_path / 'half')])
     first = load(tmp_path / 'half' / 'checkpoint.pth')
-    first['lr_scheduler']['t_initial'] = 4  # the schedule of the whole run
     first['max_accuracy'] = 99.5
     ckpt.save(tmp_path / 'half' / 'checkpoint.pth', first)
-    # The first half ran on a shorter schedule, so its rates are made the whole run's by a resume from epoch 0 on.
-    main([*common, '--output_dir', str(tmp_path / 'a'), '--resume', str(tmp_path / 'half' / 'checkpoint.pth')])
-    assert [line['epoch'] for line in log_lines(tmp_path / 'a')] == [2, 3]
-    assert log_lines(tmp_path / 'a')[0]['max_accuracy'] >= 99.5
-    assert log_lines(tmp_path / 'a')[-1]['train_lr'] == log_lines(tmp_path / 'whole')[-1]['train_lr']
+    more = ['--resume', str(tmp_path / 'half' / 'checkpoint.pth'), '--force-resume']
+    main([*common, '--output_dir', str(tmp_path / 'a'), *more])
+    assert [line['epoch'] for line in log_lines(tmp_path / 'a')] == [0, 1, 2, 3]
+    assert log_lines(tmp_path / 'a')[2]['max_accuracy'] >= 99.5
+    for epoch in (2, 3):
+        assert log_lines(tmp_path / 'a')[epoch]['train_lr'] == log_lines(tmp_path / 'whole')[epoch]['train_lr']
 
 
 def test_resumed_epoch_is_bitwise_the_same(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run stopped after its second epoch, then resumed, has the weights of the run that was not."""
-    import main as main_module
+    import training
 
     common = [*flags, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.9']
     main([*common, '--output_dir', str(tmp_path / 'whole')])
-    original = main_module.train_one_epoch
+    original = training.train_one_epoch
 
     def stop_before_the_third(**kwargs: Any) -> dict[str, float]:
         if kwargs['epoch'] == 2:
             raise KeyboardInterrupt
         return original(**kwargs)
 
-    monkeypatch.setattr(main_module, 'train_one_epoch', stop_before_the_third)
+    monkeypatch.setattr(training, 'train_one_epoch', stop_before_the_third)
     with pytest.raises(SystemExit) as caught:
         main([*common, '--output_dir', str(tmp_path / 'cut')])
     assert caught.value.code == 130
-    monkeypatch.setattr(main_module, 'train_one_epoch', original)
+    monkeypatch.setattr(training, 'train_one_epoch', original)
     main([*common, '--output_dir', str(tmp_path / 'cut'), '--resume', str(tmp_path / 'cut' / 'checkpoint.pth')])
     whole, cut = (load(tmp_path / name / 'checkpoint.pth') for name in ('whole', 'cut'))
     for part in ('model', 'model_ema'):
@@ -191,19 +191,21 @@ def test_evaluation_repeats_the_logged_accuracy(
     assert 'acc@5' in printed and 'loss' in printed
 
 
-def test_checkpoint_of_the_published_code(flags: list[str], tmp_path: Path) -> None:
+def test_checkpoint_of_the_published_code(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A Namespace for args, timm 0.4's scheduler state, no best accuracy: it evaluates and resumes."""
     main([*flags, '--epochs', '2', '--model-ema', '--output_dir', str(tmp_path / 'out')])
     state = load(tmp_path / 'out' / 'checkpoint.pth')
     state['args'] = argparse.Namespace(**{k: state['args'][k] for k in ('model', 'data_set', 'input_size', 'lr')})
     old = {k: v for k, v in state['lr_scheduler'].items() if k in ('base_values', 't_initial', 'lr_min', 'warmup_t')}
     state['lr_scheduler'] = {**old, 't_mul': 1.0, 'decay_rate': 0.1, 'metric': None}
-    del state['max_accuracy'], state['scaler']
+    for name in ('max_accuracy', 'scaler', 'fingerprint', 'history', 'timings', 'left_out', 'progress', 'classes'):
+        del state[name]
     path = tmp_path / 'published.pth'
     torch.save(state, path)
     assert 0 <= main([*flags, '--eval', '--resume', str(path)])['test_acc1'] <= 100
     resumed = main([*flags, '--epochs', '3', '--model-ema', '--resume', str(path)])
     assert resumed['epoch'] == 2
+    assert 'does not say with which data and precision it was made' in capsys.readouterr().out
 
 
 def test_finetuning_with_another_head(
@@ -358,7 +360,7 @@ def test_another_run_is_not_overwritten_by_a_resumed_one(
     resume = ['--resume', str(tmp_path / 'a' / 'checkpoint.pth'), '--epochs', '2']
     code, error = fails([*flags, *resume, '--output_dir', str(tmp_path / 'b')], capsys)
     assert code == 2 and 'holds a run already' in error
-    assert main([*flags, *resume, '--output_dir', str(tmp_path / 'c')])['epoch'] == 1
+    assert main([*flags, *resume, '--output_dir', str(tmp_path / 'c'), '--force-resume'])['epoch'] == 1
 
 
 def test_output_that_is_a_file(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,9 +375,13 @@ def test_resume_with_other_flags(flags: list[str], tmp_path: Path, capsys: pytes
     capsys.readouterr()
     code, error = fails([*flags, '--resume', str(path), '--opt', 'sgd'], capsys)
     assert code == 1 and 'is of a run with --opt adamw, not sgd' in error
-    main([*flags, '--resume', str(path), '--epochs', '3', '--lr', '0.2'])
+    code, error = fails([*flags, '--resume', str(path), '--epochs', '3', '--lr', '0.2'], capsys)
+    assert code == 1 and '--lr was 0.1, is 0.2' in error and '--epochs was 2, is 3' in error
+    assert '--force-resume' in error and 'batch' not in error
+    line = main([*flags, '--resume', str(path), '--epochs', '3', '--lr', '0.2', '--force-resume'])
     printed = capsys.readouterr().out
-    assert 'Note: --lr was 0.1 and stays so' in printed and 'Note: --epochs was 2 and stays so' in printed
+    assert 'Note: --lr was 0.1, is 0.2' in printed and 'Note: --epochs was 2, is 3' in printed
+    assert line['epoch'] == 2 and 0 < line['train_lr'] < 0.2 * 8 / 512
 
 
 @pytest.mark.parametrize(
@@ -429,7 +435,7 @@ def test_a_run_that_ends_in_nan_keeps_its_checkpoint(
 
 def test_too_large_a_batch(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, error = fails([*flags, '--batch-size', '26'], capsys)
-    assert code == 1 and '24 training images for each process do not fill one batch' in error
+    assert code == 1 and '24 training images do not fill one batch of 26 on each of 1 process' in error
 
 
 def test_diverging_run_keeps_its_checkpoint(
@@ -438,7 +444,7 @@ def test_diverging_run_keeps_its_checkpoint(
     main([*flags, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
     path = tmp_path / 'out' / 'checkpoint.pth'
     before = path.read_bytes()
-    resume = [*flags, '--epochs', '3', '--resume', str(path), '--output_dir', str(tmp_path / 'out')]
+    resume = [*flags, '--epochs', '3', '--force-resume', '--output_dir', str(tmp_path / 'out')]
     state = load(path)
     state['model']['head.bias'][0] = float('nan')
     ckpt.save(tmp_path / 'out' / 'nan.pth', state)
@@ -449,7 +455,7 @@ def test_diverging_run_keeps_its_checkpoint(
 
 
 def test_only_the_stem_is_synchronised() -> None:
-    from main import synchronize_stem
+    from factory import synchronize_stem
 
     model = timm.create_model('dhvt_tiny_cifar_patch4', embed_dim=32, depth=1, num_heads=2)
     keys = list(model.state_dict())

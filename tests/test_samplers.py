@@ -7,8 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
+from torch.utils.data import DistributedSampler
 
-from samplers import EvalSampler, RASampler
+from samplers import Draw, EvalSampler, RASampler, TrainBatches
 from tests import golden
 
 
@@ -45,3 +46,77 @@ def test_evaluation_sees_each_image_once(n: int, replicas: int) -> None:
     samplers = [EvalSampler(range(n), num_replicas=replicas, rank=rank) for rank in range(replicas)]
     assert sorted(index for sampler in samplers for index in sampler) == list(range(n))
     assert [len(sampler) for sampler in samplers] == [len(list(sampler)) for sampler in samplers]
+
+
+def all_batches(
+    n: int, *, batch: int, replicas: int, start: dict | None = None, **kwargs: bool
+) -> list[list[list[Draw]]]:
+    """The batches of each process."""
+    plans = [TrainBatches(n, batch_size=batch, num_replicas=replicas, rank=rank, **kwargs) for rank in range(replicas)]
+    for plan in plans:
+        plan.start(**(start or {'epoch': 3}))
+    assert len({len(plan) for plan in plans}) == 1
+    batches = [list(plan) for plan in plans]
+    assert [len(plan) for plan in plans] == [len(own) for own in batches]
+    for number in range(len(plans[0])):
+        expected = [own[number] for own in batches]
+        assert plans[0].draws(plans[0].first + number) == expected
+    return batches
+
+
+@pytest.mark.parametrize('n', [1000, 1024, 255, 257, 130])
+@pytest.mark.parametrize('replicas', [1, 2, 3])
+@pytest.mark.parametrize('repeated', [True, False])
+def test_batches_are_the_published_ones(n: int, replicas: int, repeated: bool) -> None:
+    """Those of a loader that drops the last incomplete batch of the published samplers' sequence."""
+    for rank, own in enumerate(all_batches(n, batch=16, replicas=replicas, repeated=repeated)):
+        cls: type = RASampler if repeated else DistributedSampler
+        sampler = cls(range(n), num_replicas=replicas, rank=rank)
+        sampler.set_epoch(3)
+        indices = [int(index) for index in sampler]
+        expected = [indices[i : i + 16] for i in range(0, len(indices) // 16 * 16, 16)]
+        if repeated and n < 256:  # where the published one is empty
+            assert len(own) == len(expected)
+        else:
+            assert [[draw.image for draw in batch] for batch in own] == expected
+
+
+@pytest.mark.parametrize('repeated', [True, False])
+def test_no_draw_stands_twice_in_an_epoch(repeated: bool) -> None:
+    draws = [
+        draw for own in all_batches(1001, batch=7, replicas=3, repeated=repeated) for batch in own for draw in batch
+    ]
+    assert len(set(draws)) == len(draws) and {draw.epoch for draw in draws} == {3}
+    assert {draw.repeat for draw in draws} == ({0, 1, 2} if repeated else {0})
+
+
+@pytest.mark.parametrize('even', [True, False])
+@pytest.mark.parametrize(('replicas', 'batch'), [(1, 64), (2, 32), (2, 64), (3, 64), (5, 64), (7, 10), (4, 2)])
+def test_an_epoch_goes_on_with_other_processes(replicas: int, batch: int, even: bool) -> None:
+    """It began with one process and batches of 64: the rest of its draws, each once, in batches that can be mixed."""
+    whole = [draw for own in all_batches(1437, batch=64, replicas=1, repeated=True)[0] for draw in own]
+    for steps in (1, 7, 15, 18):
+        start = {'epoch': 3, 'done': 64 * steps, 'num_draws': len(whole), 'first': steps}
+        batches = all_batches(1437, batch=batch, replicas=replicas, repeated=True, even=even, start=start)
+        seen = [draw for own in batches for part in own for draw in part]
+        assert sorted(seen) == sorted(whole[64 * steps :])
+        sizes = [len(part) for own in batches for part in own]
+        assert min(sizes) > 0 and max(sizes) <= batch
+        if even:
+            assert all(size % 2 == 0 for size in sizes)
+
+
+def test_stretches_are_left_out() -> None:
+    start = {'epoch': 3, 'left_out': [(32, 64), (128, 160)]}
+    (own,) = all_batches(256, batch=32, replicas=1, start=start)
+    (whole,) = all_batches(256, batch=32, replicas=1)
+    assert own == [batch for number, batch in enumerate(whole) if number not in (1, 4)]
+    plan = TrainBatches(256, batch_size=32)
+    plan.start(**start)
+    assert [plan.stretch(number) for number in range(3)] == [(0, 32), (64, 96), (96, 128)]
+
+
+def test_fewer_draws_than_processes_are_counted() -> None:
+    plan = TrainBatches(256, batch_size=2, num_replicas=8)
+    plan.start(0, done=250, num_draws=256)
+    assert (len(plan), plan.unplaced, list(plan)) == (0, 6, [])

@@ -21,8 +21,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from factory import new_model
 from flags import FROM_ONE, FlagParser, one_line_errors
-from main import new_model
 from utils import UsageError, amp_name, default_device, find_amp_dtype, find_device, find_process, one_line
 
 

@@ -66,7 +66,7 @@ data_flags() {
 launch() {
     local name=$1 model=$2 total=$3
     shift 3
-    local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} command gpus number
+    local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} restarts=${RESTARTS:-0} command gpus number
     if [ -z "$nproc" ]; then
         gpus=$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))' 2> /dev/null || echo 1)
         nproc=$gpus
@@ -81,26 +81,33 @@ launch() {
             exit 2
         fi
     done
+    if ! [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]]; then
+        echo "error: RESTARTS is a whole number, not '$restarts'" >&2
+        exit 2
+    fi
     local parts=$((nproc * nnodes * accum))
     if [ $((total % parts)) -ne 0 ]; then
         echo "error: a total batch of $total cannot be shared out: NPROC ($nproc) x NNODES ($nnodes) x ACCUM ($accum)" \
             'must divide it' >&2
         exit 2
     fi
-    if [ $((nproc * nnodes)) -eq 1 ]; then
+    local torchrun=("$python" -m torch.distributed.run --nproc_per_node "$nproc" --max_restarts "$restarts")
+    if [ "$LAUNCHER" = srun ]; then
+        command=(srun --kill-on-bad-exit=1 "$python") # slurm.sh: a task for each process
+    elif [ $((nproc * nnodes)) -eq 1 ] && [ "$restarts" -eq 0 ]; then
         command=("$python")
     elif [ "$nnodes" -eq 1 ]; then
-        command=("$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc") # a free port
+        command=("${torchrun[@]}" --standalone) # a free port
     else
         if [ -z "$MASTER_ADDR" ]; then
-            echo 'error: NNODES above 1 needs MASTER_ADDR, the first node, and NODE_RANK, 0 for the first' >&2
+            echo 'error: NNODES above 1 needs MASTER_ADDR, the name of one of them, the same on each' >&2
             exit 2
         fi
-        command=("$python" -m torch.distributed.run --nnodes "$nnodes" --node_rank "${NODE_RANK:-0}"
-            --nproc_per_node "$nproc" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+        command=("${torchrun[@]}" --nnodes "$nnodes" --rdzv_id "$name" --rdzv_backend c10d
+            --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}")
     fi
     command+=("$root/main.py" --model "$model" --batch-size $((total / parts)) --accum-steps "$accum" --dist-eval
-        --data-set "$data_set" --output_dir "${OUTPUT:-output/$name-$(date +%Y%m%d-%H%M%S)}")
+        --data-set "$data_set" --output_dir "${OUTPUT:-output/$name}" --auto-resume --checkpoint-every 10m)
     [ -z "$data_path" ] || command+=(--data-path "$data_path")
     command+=("$@")
     echo "+ ${command[*]}"

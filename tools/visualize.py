@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as ckpt
 from datasets import build_transform
+from factory import keeps_tokens_by_rate
 from flags import PART, FlagParser, one_line_errors
 from images import decode
-from main import create_model, keeps_tokens_by_rate, parse_args, stored_flags
+from main import build_model, parse_args, stored_flags
 from models.evit import EViT
 from utils import InputError, UsageError
 
@@ -68,7 +69,7 @@ def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> t
         ]
     )
     head = weights.get('head.weight')
-    model = create_model(args, None if head is None else len(head))
+    model = build_model(args, None if head is None else len(head))
     ckpt.load_whole(model, weights, path)
     assert isinstance(model, EViT)
     return model.eval(), args.input_size

@@ -1,0 +1,190 @@
+"""Models and teachers, from what the flags say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+import checkpoint as ckpt
+from losses import Teacher
+from models import evit  # and all models are registered with timm
+from utils import InputError, UsageError, one_line
+
+DEFAULT_TEACHER = 'regnety_160'
+EVIT_ARGUMENTS = ('base_keep_rate', 'fuse_token', 'drop_loc')
+
+
+def new_model(flag: str, name: str, img_size: int, kwargs: dict[str, Any]) -> nn.Module:
+    """A model by its name in timm's registry, told the image size in pixels if it takes one.
+
+    Raises:
+        UsageError: if timm does not know the name, or the model refuses its arguments.
+    """
+    if not timm.is_model(name):
+        near = ', '.join(timm.list_models(['dhvt_*', 'deit_*cifar*', 'deit_*shrink_base']))
+        raise UsageError(f"{flag} {name}: timm's registry has no such model; this project adds {near}")
+    try:
+        try:
+            return timm.create_model(name, **{'img_size': img_size, **kwargs})
+        except TypeError as err:
+            if 'img_size' not in str(err):
+                raise
+            return timm.create_model(name, **kwargs)  # convolutional networks are not told the size
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as err:
+        hint = '; --drop-path 0 leaves it out' if 'drop_path_rate' in str(err) else ''
+        raise UsageError(f'{flag} {name} refuses its arguments: {one_line(err)}{hint}') from None
+
+
+def keeps_tokens_by_rate(name: str) -> bool:
+    """Whether a model of timm's registry is an EViT."""
+    return timm.is_model(name) and timm.models.model_entrypoint(name).__module__ == evit.__name__
+
+
+def evit_kwargs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments for an EViT out of a run's arguments, those that are set."""
+    kwargs = {name: settings[name] for name in EVIT_ARGUMENTS if settings.get(name) is not None}
+    if 'drop_loc' in kwargs:
+        kwargs['drop_loc'] = [number for numbers in kwargs['drop_loc'] for number in numbers]
+    return kwargs
+
+
+def create_model(
+    name: str,
+    *,
+    input_size: int,
+    num_classes: int | None,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    evit_settings: Mapping[str, Any],
+    model_kwargs: Sequence[tuple[str, Any]] = (),
+) -> nn.Module:
+    """Builds the student, or the only model.
+
+    Args:
+        num_classes: the head's size, None for the model's own.
+        drop, drop_path: rates; 0 is not mentioned to the model.
+        evit_settings: arguments among which those of EViT are looked up.
+        model_kwargs: further arguments of the constructor.
+
+    Raises:
+        UsageError: if timm does not know the name, or the model refuses its arguments.
+    """
+    elsewhere = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
+    elsewhere |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
+    for key, _ in model_kwargs:
+        if key in elsewhere:
+            raise UsageError(f'--model-kwargs {key}=…: this is set by {elsewhere[key]}')
+    rates = {'drop_rate': drop, 'drop_path_rate': drop_path}
+    kwargs: dict[str, Any] = {**{key: rate for key, rate in rates.items() if rate > 0}, **dict(model_kwargs)}
+    if num_classes is not None:
+        kwargs['num_classes'] = num_classes
+    return new_model('--model', name, input_size, {**kwargs, **evit_kwargs(evit_settings)})
+
+
+def _trained_teacher(
+    name: str | None, path: str, num_classes: int, classes: Sequence[str]
+) -> tuple[nn.Module, int, Mapping[str, Any]]:
+    """The teacher of a checkpoint, its image size, and its normalisation.
+
+    A checkpoint of this program or of the published codes says its model's arguments, and has ImageNet's normalisation
+    as they do; for other weights timm's settings of the model count.
+    """
+    name = name or DEFAULT_TEACHER
+    loaded = ckpt.load(path)
+    weights = ckpt.model_weights(loaded, path)
+    stored = ckpt.stored_args(loaded)
+    if not (isinstance(stored.get('data_set'), str) and isinstance(stored.get('input_size'), int)):
+        stored = {}  # of another program, whose arguments have other meanings
+    if stored.get('model', name) != name:
+        raise InputError(f'{path} is of {stored["model"]}: give that as --teacher-model, not {name}')
+    taught = loaded.get('classes')
+    if taught is not None and len(taught) == len(classes) and list(taught) != list(classes):
+        raise InputError(f'the teacher {path} has other classes than the data set, or in another order')
+    cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+    classifier = cfg.classifier if cfg is not None else None
+    head = weights.get(f'{classifier[0] if isinstance(classifier, (list, tuple)) else classifier}.weight')
+    if head is not None and len(head) != num_classes:
+        raise InputError(f'the teacher {path} has {len(head)} classes, the data set has {num_classes}')
+    settings = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg is not None else {})
+    size = int(stored.get('input_size', settings['input_size'][-1]))
+    kwargs = {**dict(stored.get('model_kwargs') or []), **evit_kwargs(stored), 'num_classes': num_classes}
+    model = new_model('--teacher-model', name, size, kwargs)
+    ckpt.load_whole(model, weights, path)
+    return model, size, {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD} if stored else settings
+
+
+def _pretrained_teacher(name: str, input_size: int, num_classes: int) -> tuple[nn.Module, int, Mapping[str, Any]]:
+    """The teacher with timm's weights, its image size, and its normalisation."""
+    if not timm.is_model(name):
+        new_model('--teacher-model', name, input_size, {})
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as err:  # whatever timm and the hub raise where there are no weights or no network
+        raise InputError(f"cannot get timm's weights of {name} ({one_line(err)}): give --teacher-path FILE") from None
+    if model.num_classes != num_classes:
+        raise InputError(
+            f"timm's weights of {name} have {model.num_classes} classes, the data set has {num_classes}: "
+            'give --teacher-path FILE'
+        )
+    settings = timm.data.resolve_data_config(model=model)
+    return model, settings['input_size'][-1], settings
+
+
+def create_teacher(
+    name: str | None, path: str | None, *, input_size: int, num_classes: int, classes: Sequence[str]
+) -> Teacher:
+    """The teacher of distillation, at the image size and the normalisation that it was trained with.
+
+    Args:
+        name: of timm's registry, `DEFAULT_TEACHER` if None.
+        path: of its checkpoint; timm's weights if there is none.
+        input_size: the student's images, in pixels.
+        num_classes, classes: the data set's.
+
+    Raises:
+        UsageError: if timm does not know the model.
+        InputError: if the weights cannot be had, or are for another number of classes.
+    """
+    if path:
+        model, size, own = _trained_teacher(name, path, num_classes, classes)
+    else:
+        model, size, own = _pretrained_teacher(name or DEFAULT_TEACHER, input_size, num_classes)
+    return Teacher(
+        model,
+        input_size=size,
+        mean=own['mean'],
+        std=own['std'],
+        student_mean=IMAGENET_DEFAULT_MEAN,
+        student_std=IMAGENET_DEFAULT_STD,
+    )
+
+
+def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int, flag: str = '--model') -> None:
+    """Puts one black image through the model.
+
+    Raises:
+        UsageError: if that fails, or does not end in logits (1, num_classes).
+    """
+    image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(image)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as err:
+        raise UsageError(f'{flag} {name} cannot take images of {input_size} px: {one_line(err)}') from None
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(f'{flag} {name} gives {shape} for an image, where a row of {num_classes} logits is needed')
+
+
+def synchronize_stem(model: nn.Module, device: torch.device) -> None:
+    """Lets the stem's BatchNorms, and no others, see the batches of all processes, as in the published code.
+
+    PyTorch's SyncBatchNorm exists on GPUs only; on CPUs each process normalises its own batch (DIFFERENCES.md).
+    """
+    if device.type == 'cuda' and isinstance(getattr(model, 'patch_embed', None), nn.Module):
+        model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)

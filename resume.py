@@ -1,0 +1,247 @@
+"""The state of a run: what a checkpoint holds, and whether a run may go on from one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from timm.scheduler import PlateauLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+import checkpoint as ckpt
+from engine import Tally
+from utils import InputError, log, one_line
+
+# Arguments that may differ on a resume: none of them changes what is computed. The batch is compared as a whole, the
+# precision by what 'auto' has become, the data by its fingerprint.
+FREE_ARGUMENTS = {
+    *('output_dir', 'finetune', 'resume', 'auto_resume', 'force_resume', 'start_epoch', 'eval', 'dist_eval'),
+    *('checkpoint_every', 'export_safetensors', 'on_nan', 'most_skips', 'timeout', 'test_speed', 'only_test_speed'),
+    *('num_workers', 'pin_mem', 'data_path', 'data_layout', 'use_lmdb', 'verify_records', 'device', 'amp'),
+    *('train_mode', 'local_rank', 'world_size', 'dist_url', 'batch_size', 'accum_steps', 'deterministic'),
+    'model_ema_force_cpu',
+}  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    `epoch` is trained next, or now: then `done` of its `num_draws` draws, of all processes, and the batches before
+    number `batch` are behind it, and `tally` has their sums.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    done: int = 0
+    num_draws: int | None = None
+    tally: Tally = field(default_factory=Tally)
+    best: float = -1.0  # accuracy in percent
+    keep_rate: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of log.txt
+    timings: list[dict[str, Any]] = field(default_factory=list)  # the lines of timing.txt
+    left_out: list[tuple[int, int, int]] = field(default_factory=list)  # epoch, and stretches of its draws
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.batch = self.done = 0
+        self.num_draws, self.tally = None, Tally()
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """What is left out of this epoch."""
+        return [(begin, end) for epoch, begin, end in self.left_out if epoch == self.epoch]
+
+
+def _schedule_state(scheduler: Any) -> dict[str, Any]:
+    """timm's state of a schedule, and what it leaves out of that of the plateau schedule."""
+    state = dict(scheduler.state_dict())
+    if isinstance(scheduler, PlateauLRScheduler):
+        state['plateau'] = scheduler.lr_scheduler.state_dict()
+        state['restore_lr'] = scheduler.restore_lr
+    return state
+
+
+def _load_schedule(scheduler: Any, state: Mapping[str, Any]) -> None:
+    plain = {name: value for name, value in state.items() if name not in ('plateau', 'restore_lr')}
+    scheduler.load_state_dict(plain)
+    if isinstance(scheduler, PlateauLRScheduler) and 'plateau' in state:
+        scheduler.lr_scheduler.load_state_dict(state['plateau'])
+        scheduler.restore_lr = state['restore_lr']
+
+
+@dataclass
+class Parts:
+    """What training changes. The model is not inside DistributedDataParallel."""
+
+    model: nn.Module
+    model_ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+
+    def state(self) -> dict[str, Any]:
+        return {
+            'model': self.model.state_dict(),
+            'model_ema': self.model_ema.module.state_dict() if self.model_ema is not None else None,
+            'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': _schedule_state(self.scheduler),
+            'scaler': self.scaler.state_dict(),
+        }
+
+
+def to_state(parts: Parts, progress: Progress, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint: tensors and plain values.
+
+    `epoch` is the last whole one, as DeiT has it; `progress` is None between two epochs. No random state is in it, as
+    every draw is seeded by its place in the run (`utils.seed_all`).
+
+    Args:
+        settings: what does not change in a run: its classes, arguments and fingerprint.
+    """
+    within = {
+        'batch': progress.batch,
+        'done': progress.done,
+        'num_draws': progress.num_draws,
+        'tally': asdict(progress.tally),
+    }
+    return {
+        **parts.state(),
+        'epoch': progress.epoch - 1,
+        'progress': within if progress.batch else None,
+        'max_accuracy': progress.best,
+        'keep_rate': progress.keep_rate,
+        'history': list(progress.history),
+        'timings': list(progress.timings),
+        'left_out': list(progress.left_out),
+        **settings,
+    }
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str) -> None:
+    """Compares an optimizer's state with its parameters, which PyTorch does in part only, and late."""
+    own = optimizer.state_dict()['param_groups']
+    if [len(group['params']) for group in state['param_groups']] != [len(group['params']) for group in own]:
+        raise InputError(f'{source} is of a run with other parameters in its optimizer')
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    numbers = [number for group in state['param_groups'] for number in group['params']]
+    for number, entries in state['state'].items():
+        parameter = parameters[numbers.index(number)]
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.ndim == parameter.ndim > 0 and value.shape != parameter.shape:
+                raise InputError(
+                    f"{source}: the optimizer's {name} of parameter {number} has shape {tuple(value.shape)}, "
+                    f'where {tuple(parameter.shape)} is needed'
+                )
+
+
+def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule: bool = True) -> Progress:
+    """Continues from a checkpoint. Everything is checked before anything is changed.
+
+    Args:
+        parts: what is loaded into.
+        state: the checkpoint.
+        source: its name, for messages.
+        schedule: take the schedule, and the optimizer's learning rate, decay and so on, from it too.
+
+    Raises:
+        InputError: if the checkpoint is of another kind of run.
+    """
+    lacking = [name for name in ('optimizer', 'lr_scheduler', 'epoch') if state.get(name) is None]
+    if lacking:
+        raise InputError(f'{source} has no {", ".join(lacking)}: it cannot be resumed; start from it with --finetune')
+    try:
+        weights = ckpt.model_weights(state, source)
+        ckpt.check_whole(parts.model, weights, source)
+        average = state.get('model_ema')
+        if parts.model_ema is not None:
+            if average is None:
+                log(f'{source} holds no moving average: it starts from the weights')
+            ckpt.check_whole(parts.model_ema.module, average or weights, source)
+        _check_optimizer(parts.optimizer, state['optimizer'], source)
+        within = state.get('progress') or {}
+        progress = Progress(
+            epoch=int(state['epoch']) + 1,
+            batch=int(within.get('batch', 0)),
+            done=int(within.get('done', 0)),
+            num_draws=within.get('num_draws'),
+            tally=Tally(**within.get('tally', {})),
+            best=float(state.get('max_accuracy', -1.0)),
+            keep_rate=state.get('keep_rate'),
+            history=[dict(line) for line in state.get('history', [])],
+            timings=[dict(line) for line in state.get('timings', [])],
+            left_out=[(int(a), int(b), int(c)) for a, b, c in state.get('left_out', [])],
+        )
+        options = [
+            {key: value for key, value in group.items() if key != 'params'} for group in parts.optimizer.param_groups
+        ]
+        parts.model.load_state_dict(weights)
+        if parts.model_ema is not None:
+            parts.model_ema.module.load_state_dict(average or weights)
+        parts.optimizer.load_state_dict(state['optimizer'])
+        if schedule:
+            _load_schedule(parts.scheduler, state['lr_scheduler'])
+        else:
+            for group, own in zip(parts.optimizer.param_groups, options, strict=True):
+                group.update(own)
+        if state.get('scaler') and parts.scaler.is_enabled():
+            parts.scaler.load_state_dict(state['scaler'])
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as err:
+        raise InputError(f'{source} is of a run with another optimizer or schedule: {one_line(err)}') from None
+    return progress
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def compare(
+    state: Mapping[str, Any], args: Mapping[str, Any], fingerprint: Mapping[str, Any]
+) -> tuple[list[str], list[str], bool]:
+    """How a run differs from the one that wrote a checkpoint.
+
+    Args:
+        state: the checkpoint.
+        args: this run's arguments.
+        fingerprint: of this run: `data`, `total_batch`, `processes`, `precision`, `train_mode`, `threads`, `device`,
+            `torch`.
+
+    Returns:
+        What must be the same and is not; what need not be, but is worth a note; whether the learning rate changes.
+    """
+    stored = ckpt.stored_args(state)
+    differences = [
+        f'--{name} was {_plain(stored[name])}, is {_plain(args[name])}'
+        for name in args
+        if name in stored and name not in FREE_ARGUMENTS and _plain(stored[name]) != _plain(args[name])
+    ]
+    known = state.get('fingerprint')
+    if not isinstance(known, Mapping):
+        notes = [f'the checkpoint is of another program: {line}' for line in differences]
+        return [], [*notes, 'the checkpoint does not say with which data and precision it was made'], False
+    for name, words in (('data', 'the data set'), ('precision', 'the precision'), ('train_mode', '--train-mode')):
+        if known[name] != fingerprint[name]:
+            differences.append(f'{words} was {known[name]}, is {fingerprint[name]}')
+    other_batch = known['total_batch'] != fingerprint['total_batch']
+    notes = []
+    if other_batch:
+        changed = [name for name in ('batch_size', 'accum_steps') if stored.get(name) != args[name]]
+        differences += [f'--{name} was {stored.get(name)}, is {args[name]}' for name in changed]
+        notes.append(
+            f'the total batch was {known["total_batch"]}, is {fingerprint["total_batch"]}, and the learning rate '
+            'changes with it'
+        )
+    for name, words in (
+        ('processes', 'the number of processes'),
+        ('threads', 'the number of threads'),
+        ('device', 'the device'),
+        ('torch', 'the version of torch'),
+    ):
+        if known[name] != fingerprint[name]:
+            notes.append(
+                f'{words} was {known[name]}, is {fingerprint[name]}: results agree to rounding, not to the bit'
+            )
+    return differences, notes, other_batch

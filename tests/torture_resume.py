@@ -1,0 +1,179 @@
+"""Kills trainings with SIGKILL at random moments, starts them again, and compares them with ones left in peace.
+
+    python tests/torture_resume.py --kills 20 --processes 1 2 --amp off bf16 --workers 0 2
+
+Each run must end with the weights, moving average, optimizer, schedule and log.txt of an uninterrupted one, bit for
+bit.
+A training is the digits recipe's data with every augmentation, on a small model, with a checkpoint every other step.
+Processes are forked from this one, which has imported everything, so that a start takes a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+import checkpoint as ckpt  # noqa: E402
+from main import main  # noqa: E402
+
+FLAGS = [
+    *('--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2'),
+    *('--data-set', 'DIGITS', '--input-size', '16', '--lr', '8e-3', '--warmup-epochs', '0', '--drop', '0.1'),
+    *('--model-ema-decay', '0.9', '--device', 'cpu', '--auto-resume', '--checkpoint-every', '2', '--dist-eval'),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of training."""
+
+    processes: int = 1
+    amp: str = 'off'
+    workers: int = 0
+    epochs: int = 2
+    batch: int = 64  # in all
+
+    def __str__(self) -> str:
+        words = 'process' if self.processes == 1 else 'processes'
+        return f'{self.processes} {words}, --amp {self.amp}, {self.workers} workers'
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return int(free.getsockname()[1])
+
+
+def start(case: Case, folder: Path, *more: str) -> list[int]:
+    """Forks the processes of a training; returns their numbers."""
+    flags = [*FLAGS, '--amp', case.amp, '--epochs', str(case.epochs), '--output_dir', str(folder)]
+    flags += ['--num_workers', str(case.workers), '--batch-size', str(case.batch // case.processes), *more]
+    port = free_port()
+    sys.stdout.flush()
+    children = []
+    for rank in range(case.processes):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with open(folder.with_suffix(f'.{rank}.txt'), 'a') as file:
+                    os.dup2(file.fileno(), 1)
+                    os.dup2(file.fileno(), 2)
+                torch.set_num_threads(1)
+                if case.processes > 1:
+                    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(case.processes), 'LOCAL_RANK': str(rank)}
+                    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+                main(flags)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 1
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return children
+
+
+def wait(children: list[int]) -> list[int]:
+    """The exit codes; minus the number of a signal for those that it killed."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states are equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(
+            one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+        )
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+PARTS = ('model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'max_accuracy', 'history')
+
+
+def differences(folder: Path, reference: Path) -> list[str]:
+    """The parts of two finished runs that are not equal."""
+    one, other = (ckpt.load(str(path / 'checkpoint.pth')) for path in (folder, reference))
+    found = [name for name in PARTS if not same(one[name], other[name])]
+    if (folder / 'log.txt').read_bytes() != (reference / 'log.txt').read_bytes():
+        found.append('log.txt')
+    return found
+
+
+def torture(case: Case, root: Path, *, kills: int, rng: random.Random) -> str:
+    """Kills until it has killed often enough, and lets each run that it began end; returns what was found.
+
+    Raises:
+        AssertionError: if a run fails by itself, or ends otherwise than the one left in peace.
+    """
+    reference = root / 'reference'
+    begun = time.perf_counter()
+    assert set(wait(start(case, reference))) == {0}, reference.with_suffix('.0.txt').read_text()[-2000:]
+    duration = time.perf_counter() - begun
+    done, runs, starts = 0, 0, 0
+    while done < kills:
+        folder = root / f'run{runs}'
+        runs += 1
+        while True:
+            children = start(case, folder)
+            starts += 1
+            ended = done >= kills
+            if not ended:
+                time.sleep(rng.uniform(0, 1.1) * duration)
+                for child in children if rng.random() < 0.5 else [rng.choice(children)]:
+                    os.kill(child, signal.SIGKILL)
+            codes = wait(children)
+            if set(codes) == {0}:
+                break
+            assert -signal.SIGKILL in codes, folder.with_suffix('.0.txt').read_text()[-2000:]
+            done += 1
+        found = differences(folder, reference)
+        assert not found, f'{case}: {", ".join(found)} differ after {starts} starts: {folder}'
+    return f'{case}: {done} kills, {starts} starts, {runs} runs, all equal to the bit'
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument('--kills', type=int, default=20, help='of each case')
+    parser.add_argument('--processes', type=int, nargs='+', default=[1, 2])
+    parser.add_argument('--amp', nargs='+', default=['off', 'bf16'])
+    parser.add_argument('--workers', type=int, nargs='+', default=[0, 2])
+    parser.add_argument('--epochs', type=int, default=2)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--keep', type=Path, help='work here, and keep the runs')
+    return parser.parse_args(argv)
+
+
+def run(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    rng = random.Random(args.seed)
+    for processes, amp, workers in itertools.product(args.processes, args.amp, args.workers):
+        case = Case(processes=processes, amp=amp, workers=workers, epochs=args.epochs)
+        root = Path(tempfile.mkdtemp(dir=args.keep))
+        print(torture(case, root, kills=args.kills, rng=rng), flush=True)
+        if args.keep is None:
+            shutil.rmtree(root)
+
+
+if __name__ == '__main__':
+    run()
