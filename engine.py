@@ -206,13 +206,9 @@ def _non_finite(*, step: dict[str, Any], skipped: int) -> NonFiniteError:
     where = f'at epoch {step["epoch"]}, step {step["batch"]} of {step["batches"]}'
     bad = [value for value in step['losses'] if not math.isfinite(value)]
     what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {step["gradient_norm"]}'
-    rate = (
-        f', with learning rate {step["learning_rate"]:.3g} and loss scale {step["loss_scale"]:g}'
-        if 'losses' in step
-        else ''
-    )
-    row = f', for the {skipped}th step in a row' if skipped > 1 else ''
-    return NonFiniteError(f'{what} {where}{row}{rate}', step)
+    row = f', in {skipped} steps in a row,' if skipped > 1 else ','
+    rates = f'learning rate {step["learning_rate"]:.3g} and loss scale {step["loss_scale"]:g}'
+    return NonFiniteError(f'{what} {where}{row} with {rates}', step)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -129,12 +129,28 @@ def requeue() -> None:
 # A group whose processes tell each other why they stopped
 
 
+def _within(seconds: float, call: Callable[[], str]) -> str | None:
+    """What a call gives, or None after so many seconds: the store's answers can be waited for without end, if the
+    process that holds it hangs."""
+    answers: list[str] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
 def leave_word(rank: int, reason: str) -> None:
     """Tells the other processes why this one stops."""
     store = get_store()
-    if store is not None:
+
+    def tell() -> str:
         with suppress(Exception):  # the store may have gone with the process that held it
+            assert store is not None
             store.set(f'stopped/{rank}', reason)
+        return ''
+
+    if store is not None:
+        _within(2, tell)
 
 
 def lost_contact(rank: int, error: BaseException, *, patience: float = 3.0) -> str:
@@ -145,25 +161,26 @@ def lost_contact(rank: int, error: BaseException, *, patience: float = 3.0) -> s
         error: what the collective raised.
         patience: seconds that the others have to say something.
     """
-    reason = f'the group is broken ({one_line(error)})'
-    store = get_store()
+    reason, store = one_line(error), get_store()
     if store is None:
-        return reason
-    try:
-        store.set(f'lost/{rank}', '1')
-        others = [other for other in range(get_world_size()) if other != rank]
-        end = time.monotonic() + patience
-        while True:
-            for other in others:
-                if store.check([f'stopped/{other}']):
-                    return f'process {other} has stopped: {store.get(f"stopped/{other}").decode()}'
-            silent = [other for other in others if not store.check([f'lost/{other}'])]
-            if not silent or time.monotonic() > end:
-                break
-            time.sleep(0.1)
-    except Exception:
-        return f'process 0, which held the group together, has stopped ({one_line(error)})'
-    if silent:
-        names = ', '.join(map(str, silent))
-        return f'process {names} was killed or hangs: it says nothing ({one_line(error)})'
-    return reason
+        return f'the group is broken ({reason})'
+
+    def ask() -> str:
+        try:
+            store.set(f'lost/{rank}', '1')
+            others = [other for other in range(get_world_size()) if other != rank]
+            end = time.monotonic() + patience
+            silent = others
+            while silent and time.monotonic() < end:
+                for other in others:
+                    if store.check([f'stopped/{other}']):
+                        return f'process {other} has stopped: {store.get(f"stopped/{other}").decode()}'
+                silent = [other for other in silent if not store.check([f'lost/{other}'])]
+                time.sleep(0.1)
+        except Exception:
+            return f'process 0, which held the group together, has stopped ({reason})'
+        if silent:
+            return f'process {", ".join(map(str, silent))} was killed or hangs: it says nothing ({reason})'
+        return f'the group is broken ({reason})'
+
+    return _within(patience + 2, ask) or f'process 0, which holds the group together, hangs ({reason})'

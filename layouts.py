@@ -268,7 +268,7 @@ class Listing:
         if folder not in self._found:
             try:
                 self._found[folder] = {entry.name for entry in os.scandir(self.root / folder)}
-            except OSError:
+            except (OSError, ValueError):  # the latter for a null byte
                 self._found[folder] = set()
         return name in self._found[folder]
 

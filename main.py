@@ -705,7 +705,8 @@ def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
         return InputError(f'a loader process gave no batch in {args.timeout:g} s (--timeout): it, or its disk, hangs')
     if 'DataLoader worker' in text:
         return InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less')
-    if isinstance(err, dist.DistError) or 'gloo' in text:
+    broken = re.search('gloo|nccl|pair closure|connection|timed out|timeout|broken pipe', text, re.IGNORECASE)
+    if isinstance(err, dist.DistError) or (broken and dist.is_initialized()):
         # gloo and NCCL report a process that is gone from inside whatever collective the others were in.
         return InputError(lost_contact(get_rank(), err))
     return None

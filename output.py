@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import threading
 import time
@@ -39,6 +40,15 @@ def copy_to_host(value: Any) -> Any:
     return value
 
 
+def _finite(value: Any) -> Any:
+    """The same with words in place of the numbers that JSON has not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 class BackgroundWriter:
     """Writes whole files in a thread, so that training goes on.
 
@@ -54,6 +64,7 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
         self._pending: dict[Path, bytes] = {}
         self._failure = ''
+        self._unmade: Callable[[], Mapping[Path, bytes]] | None = None
 
     @property
     def busy(self) -> bool:
@@ -74,10 +85,10 @@ class BackgroundWriter:
         try:
             self._pending.update(make())
         except Exception as err:
-            self._failure = f'a checkpoint could not be made: {one_line(err)}'
+            self._failure, self._unmade = f'a checkpoint could not be made: {one_line(err)}', make
             log(f'Warning: {self._failure}; the run goes on, and tries again at the next save')
             return
-        self._failure = ''
+        self._failure, self._unmade = '', None
         for path, data in list(self._pending.items()):
             try:
                 ckpt.write_bytes(path, data, previous=self._previous.get(path))
@@ -94,7 +105,7 @@ class BackgroundWriter:
         """
         self.wait()
         if self._failure:
-            self.put(dict)
+            self.put(self._unmade or dict)
             self.wait()
         if self._failure:
             raise InputError(self._failure)
@@ -238,6 +249,8 @@ class OutputFolder:
         copied = copy_to_host(state)
 
         def make() -> dict[Path, bytes]:
+            if any(value.is_floating_point() and bool(value.isnan().any()) for value in copied['model'].values()):
+                raise ValueError('its weights are not all numbers')
             files = {}
             if self.path is not None:
                 data = ckpt.to_bytes(copied)
@@ -263,7 +276,7 @@ class OutputFolder:
         """Writes a JSON file; returns ' (its path)', or an empty string if there is no folder."""
         if self.path is None:
             return ''
-        text = json.dumps(content, indent=1)
+        text = json.dumps(_finite(content), indent=1, allow_nan=False)
         ckpt.write_bytes(self.path / name, text.encode())
         return f' ({self.path / name})'
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -175,6 +176,8 @@ def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule:
             timings=[dict(line) for line in state.get('timings', [])],
             left_out=[(int(a), int(b), int(c)) for a, b, c in state.get('left_out', [])],
         )
+        if min(progress.epoch, progress.batch, progress.done) < 0 or not math.isfinite(progress.best):
+            raise ValueError('its place in the run is impossible')
         options = [
             {key: value for key, value in group.items() if key != 'params'} for group in parts.optimizer.param_groups
         ]
@@ -190,7 +193,7 @@ def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule:
         if state.get('scaler') and parts.scaler.is_enabled():
             parts.scaler.load_state_dict(state['scaler'])
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as err:
-        raise InputError(f'{source} is of a run with another optimizer or schedule: {one_line(err)}') from None
+        raise InputError(f'{source} does not hold the state of such a run: {one_line(err)}') from None
     return progress
 
 
@@ -223,15 +226,15 @@ def compare(
         notes = [f'the checkpoint is of another program: {line}' for line in differences]
         return [], [*notes, 'the checkpoint does not say with which data and precision it was made'], False
     for name, words in (('data', 'the data set'), ('precision', 'the precision'), ('train_mode', '--train-mode')):
-        if known[name] != fingerprint[name]:
-            differences.append(f'{words} was {known[name]}, is {fingerprint[name]}')
-    other_batch = known['total_batch'] != fingerprint['total_batch']
+        if known.get(name) != fingerprint[name]:
+            differences.append(f'{words} was {known.get(name)}, is {fingerprint[name]}')
+    other_batch = known.get('total_batch') != fingerprint['total_batch']
     notes = []
     if other_batch:
         changed = [name for name in ('batch_size', 'accum_steps') if stored.get(name) != args[name]]
         differences += [f'--{name} was {stored.get(name)}, is {args[name]}' for name in changed]
         notes.append(
-            f'the total batch was {known["total_batch"]}, is {fingerprint["total_batch"]}, and the learning rate '
+            f'the total batch was {known.get("total_batch")}, is {fingerprint["total_batch"]}, and the learning rate '
             'changes with it'
         )
     for name, words in (
@@ -240,8 +243,8 @@ def compare(
         ('device', 'the device'),
         ('torch', 'the version of torch'),
     ):
-        if known[name] != fingerprint[name]:
+        if known.get(name) != fingerprint[name]:
             notes.append(
-                f'{words} was {known[name]}, is {fingerprint[name]}: results agree to rounding, not to the bit'
+                f'{words} was {known.get(name)}, is {fingerprint[name]}: results agree to rounding, not to the bit'
             )
     return differences, notes, other_batch

@@ -166,7 +166,7 @@ class Run:
             ]
             for batch in draws
         ]
-        content = {**err.step, 'samples': 'by batch and process', 'batch_samples': samples}
+        content = {**err.step, 'samples': samples}  # of each batch, of each process
         return self.output.dump(f'non_finite_epoch{err.step["epoch"]}_step{first}.json', content)
 
     def _rewind(self, err: NonFiniteError) -> None:
@@ -181,7 +181,8 @@ class Run:
         self.output.wait()
         hint = '--on-nan rewind leaves such a batch out' if not self.rewinds else 'rewinding has not helped'
         if not self.rewinds or self._rewound == MOST_REWINDS:
-            raise NonFiniteError(f'{err}{where}; the last checkpoint is from before it; {hint}', err.step)
+            kept = '; the last checkpoint is from before it' if self.output.wanted else ''
+            raise NonFiniteError(f'{err}{where}{kept}; {hint}', err.step)
         self._rewound += 1
         first, number = err.step['batch'], err.step['batches_in_step']
         stretch = self.batches.stretch(first)[0], self.batches.stretch(first + number - 1)[1]
@@ -205,7 +206,8 @@ class Run:
         started = time.perf_counter()
         if progress.epoch >= self.last_epoch:
             log(f'Nothing is left to train: the checkpoint has all {self.last_epoch} epochs')
-            report_accuracy(self.test(self.parts.model, 'Test', progress.keep_rate))
+            keep_rate = progress.keep_rate if self.keep_rates is not None else None
+            report_accuracy(self.test(self.parts.model, 'Test', keep_rate))
         elif self.rewinds and not progress.epoch and not progress.batch:
             self.save()  # something to go back to
         with self.interrupts.installed():

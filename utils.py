@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,42 @@ def get_store() -> dist.Store | None:
     return _store
 
 
+def _join_round(store: dist.Store, process: Process, timeout: float) -> str:
+    """A name for this start of a group, the same on all its processes, in a store that outlives the starts.
+
+    torchrun's agents count the restarts each for itself, and PyTorch names the starts by that count: where one agent
+    restarted for a failure and another for the change of the group, they never meet. Here the main process names the
+    start, and each of the others knows by its own token in the answer that it is not an earlier one's.
+
+    Raises:
+        dist.DistStoreError: if the others do not come.
+    """
+    end = time.monotonic() + timeout
+    token = uuid.uuid4().hex
+    if process.rank == 0:
+        store.set('round', token)
+        others = [f'{token}/{rank}' for rank in range(1, process.world_size)]
+        store.wait(others, timedelta(seconds=timeout))
+        store.set(f'{token}/all', ' '.join(store.get(other).decode() for other in others))
+        return token
+    while time.monotonic() < end:
+        name = store.get('round').decode()
+        store.set(f'{name}/{process.rank}', token)
+        if store.check([f'{name}/all']) and token in store.get(f'{name}/all').decode().split():
+            return name
+        time.sleep(0.05)
+    raise dist.DistStoreError(f'process 0 has not come within {timeout:g} s')
+
+
+def _open_store(process: Process, dist_url: str, timeout: float) -> dist.Store:
+    """The store through which the processes of a group find each other."""
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and dist_url == 'env://':
+        address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        store: dist.Store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+        return dist.PrefixStore(_join_round(store, process, timeout), store)
+    return next(rendezvous(dist_url, process.rank, process.world_size, timeout=timedelta(seconds=timeout)))[0]
+
+
 def init_distributed(process: Process, *, device: torch.device, dist_url: str, timeout: float) -> None:
     """Joins the process group: NCCL for tensors on GPUs, gloo for the rest. Does nothing for a single process.
 
@@ -159,7 +196,7 @@ def init_distributed(process: Process, *, device: torch.device, dist_url: str, t
         print(f'Waiting for {process.world_size - 1} further processes ({process.launcher})', flush=True)
     limit = timedelta(seconds=timeout)
     try:
-        store, _, _ = next(rendezvous(dist_url, process.rank, process.world_size, timeout=limit))
+        store = _open_store(process, dist_url, timeout)
         store.set_timeout(limit)
         _store = dist.PrefixStore('words', store)
         dist.init_process_group(
@@ -171,7 +208,7 @@ def init_distributed(process: Process, *, device: torch.device, dist_url: str, t
             device_id=device if device.type == 'cuda' else None,
         )
         dist.barrier()
-    except (ValueError, RuntimeError, dist.DistError) as err:
+    except (ValueError, KeyError, RuntimeError, dist.DistError) as err:
         raise InputError(f'cannot join the process group at {dist_url}: {one_line(err)}') from None
 
 

@@ -20,6 +20,8 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,15 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start(case: Case, folder: Path, *more: str) -> list[int]:
-    """Forks the processes of a training; returns their numbers."""
+def start(case: Case, folder: Path, *more: str, first: Callable[[], object] = int) -> list[int]:
+    """Forks the processes of a training; returns their numbers. What they print goes to `<folder>.<process>.txt`.
+
+    Args:
+        case: the kind of training.
+        folder: its output folder.
+        more: further flags.
+        first: called in each process before it begins.
+    """
     flags = [*FLAGS, '--amp', case.amp, '--epochs', str(case.epochs), '--output_dir', str(folder)]
     flags += ['--num_workers', str(case.workers), '--batch-size', str(case.batch // case.processes), *more]
     port = free_port()
@@ -74,7 +83,11 @@ def start(case: Case, folder: Path, *more: str) -> list[int]:
                 with open(folder.with_suffix(f'.{rank}.txt'), 'a') as file:
                     os.dup2(file.fileno(), 1)
                     os.dup2(file.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
                 torch.set_num_threads(1)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                first()
                 if case.processes > 1:
                     os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(case.processes), 'LOCAL_RANK': str(rank)}
                     os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
@@ -82,6 +95,8 @@ def start(case: Case, folder: Path, *more: str) -> list[int]:
                 code = 0
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
