@@ -30,7 +30,7 @@ from utils import InputError, count, one_line
 COMMENT = b'sha256 '
 COMMENT_LENGTH = len(COMMENT) + 64
 NO_COMMENT = b'PK\x05\x06' + bytes(18)  # a zip archive's last record: counts, offsets, length of the comment
-TEMPORARY = re.compile(r'\..+\.(?:[a-z0-9_]{8}|link)')
+TEMPORARY = '.dhvt-partial'  # how names of files end that are not whole yet
 
 
 def _sync_folder(folder: Path) -> None:
@@ -45,7 +45,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _keep(path: Path, previous: Path) -> None:
     """Gives a file a second name, in place of what had it; the file has its first name all the time."""
-    link = path.with_name(f'.{previous.name}.link')
+    link = path.with_name(f'.{previous.name}{TEMPORARY}')
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)
@@ -68,7 +68,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], *, previous: Pa
     Raises:
         OSError: if the disk is full or the folder cannot be written; the old file is untouched.
     """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix=TEMPORARY, delete=False) as file:
         try:
             write(file)
             file.flush()
@@ -93,9 +93,8 @@ def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> Non
 
 def remove_temporary(folder: Path) -> None:
     """Removes what a killed `write_file` left in a folder that no other process writes to."""
-    for path in folder.glob('.*'):
-        if TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    for path in folder.glob(f'.*{TEMPORARY}'):
+        path.unlink(missing_ok=True)
 
 
 def to_bytes(checkpoint: Mapping[str, Any]) -> bytes:
@@ -229,6 +228,18 @@ def stored_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(args, argparse.Namespace):
         args = vars(args)
     return dict(args) if isinstance(args, Mapping) else {}
+
+
+def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str] | None:
+    """The classes in the order of a checkpoint's head, None if it does not say.
+
+    Raises:
+        InputError: if they are no names.
+    """
+    names = checkpoint.get('classes')
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+        raise InputError(f'{source} has {names!r:.40} as its classes: it is not of this program')
+    return None if names is None else list(names)
 
 
 def model_weights(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:

@@ -481,6 +481,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
         num_epochs=args.epochs,
         decay_epochs=args.decay_epochs,
         patience_epochs=args.patience_epochs,
+        plateau_mode='min',  # of the test loss
         decay_rate=args.decay_rate,
         min_lr=args.min_lr,
         warmup_lr=args.warmup_lr,
@@ -544,7 +545,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     output = OutputFolder('' if args.eval else args.output_dir, export=args.export_safetensors)
     source, loaded, resumes = find_start(args, process, output)
     head_stays = resumes or args.eval
-    splits = load_splits(args, process, loaded.get('classes') if head_stays else None)
+    splits = load_splits(args, process, ckpt.class_names(loaded, source) if head_stays else None)
     train_loader, val_loader = build_loaders(args, splits, process, device)
     for note in splits.notes:
         log(f'Note: {note}')
@@ -575,6 +576,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.export_safetensors and is_main_process():
             described = ckpt.description({**loaded, 'args': vars(args), 'classes': splits.val.classes})
             data = ckpt.to_safetensors(model.state_dict(), described)
+            Path(args.export_safetensors).parent.mkdir(parents=True, exist_ok=True)
             ckpt.write_bytes(Path(args.export_safetensors), data)
         return {f'test_{name}': value for name, value in stats.items()}
 
@@ -669,7 +671,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         training.resume(loaded, source, force=args.force_resume)
     elif args.start_epoch:
         training.progress.epoch = args.start_epoch
-        scheduler.step(max(args.start_epoch - args.lr_delay_epochs, 0), 0.0)
+        scheduler.step(max(args.start_epoch - args.lr_delay_epochs, 0), None)
 
     derived = {
         'lr_scaled': lr,
@@ -679,7 +681,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     output.begin(
         {**vars(args), 'derived': derived},
-        epoch=training.progress.epoch,
         lines=training.progress.history,
         timings=training.progress.timings,
     )

@@ -114,9 +114,8 @@ class BackgroundWriter:
 class _Events:
     """tensorboardX's event file, written in the caller's thread: the library's own stops for good on a full disk."""
 
-    def __init__(self, folder: Path, *, first: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._first = first  # lines from this epoch on replace those of earlier starts
         self._writer: EventsWriter | None = None
         self._unwritten: list[dict[str, Any]] = []
 
@@ -159,10 +158,13 @@ class OutputFolder:
     def __init__(self, path: str, *, export: str | None = None) -> None:
         self.path = Path(path) if path and is_main_process() else None
         self._export = Path(export) if export and is_main_process() else None
+        self._exported = False
         self.wanted = bool(path)  # also on the other processes
         self._lock: int | None = None
         self._events: _Events | None = None
         self._files = BackgroundWriter({} if self.path is None else {self.path / CHECKPOINT: self.path / PREVIOUS})
+        if self._export is not None:
+            self._export.parent.mkdir(parents=True, exist_ok=True)
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock(self.path / '.lock')
@@ -193,10 +195,13 @@ class OutputFolder:
             try:
                 data = ckpt.read(str(path))
                 state = ckpt.from_bytes(data, str(path))
+                place = (int(state.get('epoch', -1)), int((state.get('progress') or {}).get('done', 0)))
             except InputError as err:
                 log(f'Warning: {err}; the one before it is used')
                 continue
-            place = (int(state.get('epoch', -1)), int((state.get('progress') or {}).get('done', 0)))
+            except (TypeError, ValueError, AttributeError):
+                log(f'Warning: {path} does not say how far its run was; the one before it is used')
+                continue
             whole.append((place, str(path), data))
             if path.name == CHECKPOINT:
                 break
@@ -209,13 +214,12 @@ class OutputFolder:
             found[0].replace(self.path / f'damaged_{CHECKPOINT}')
         return source, data
 
-    def begin(self, settings: dict[str, Any], *, epoch: int, lines: Sequence[dict], timings: Sequence[dict]) -> None:
+    def begin(self, settings: dict[str, Any], *, lines: Sequence[dict], timings: Sequence[dict]) -> None:
         """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them.
 
         Args:
             settings: what goes into args.yaml.
-            epoch: the one that is trained next.
-            lines, timings: of the epochs before it.
+            lines, timings: of the epochs before this start.
         """
         if self.path is None:
             return
@@ -224,12 +228,12 @@ class OutputFolder:
         for path, data in self._logs(lines, timings).items():
             if lines or path.exists():
                 ckpt.write_bytes(path, data)
-        self._events = _Events(self.path / 'runs', first=epoch)
+        self._events = _Events(self.path / 'runs')
 
     def _logs(self, lines: Sequence[dict], timings: Sequence[dict]) -> dict[Path, bytes]:
         assert self.path is not None
         return {
-            self.path / name: ''.join(json.dumps(entry, allow_nan=False) + '\n' for entry in entries).encode()
+            self.path / name: ''.join(json.dumps(_finite(entry), allow_nan=False) + '\n' for entry in entries).encode()
             for name, entries in (('log.txt', lines), ('timing.txt', timings))
         }
 
@@ -247,18 +251,19 @@ class OutputFolder:
         if self.path is None and (self._export is None or not best):
             return
         copied = copy_to_host(state)
+        self._exported |= best
 
         def make() -> dict[Path, bytes]:
             if any(value.is_floating_point() and bool(value.isnan().any()) for value in copied['model'].values()):
                 raise ValueError('its weights are not all numbers')
-            files = {}
-            if self.path is not None:
-                data = ckpt.to_bytes(copied)
-                files = {self.path / CHECKPOINT: data, **({self.path / BEST: data} if best else {})}
-                if copied['progress'] is None:
-                    files |= self._logs(copied['history'], copied['timings'])
+            files: dict[Path, bytes] = {}  # the checkpoint after what it says is there: a kill between has both redone
             if best and self._export is not None:
                 files[self._export] = ckpt.to_safetensors(copied['model'], ckpt.description(copied))
+            if self.path is not None:
+                data = ckpt.to_bytes(copied)
+                files |= {**({self.path / BEST: data} if best else {}), self.path / CHECKPOINT: data}
+                if copied['progress'] is None:
+                    files |= self._logs(copied['history'], copied['timings'])
             return files
 
         self._files.put(make)
@@ -288,6 +293,9 @@ class OutputFolder:
         """
         try:
             self._files.close()
+            if self._export and not self._exported and self.path and (self.path / BEST).exists():
+                state = ckpt.load(str(self.path / BEST))  # of an earlier start
+                ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.description(state)))
         finally:
             if self._events is not None:
                 self._events.close()

@@ -23,7 +23,7 @@ FREE_ARGUMENTS = {
     *('output_dir', 'finetune', 'resume', 'auto_resume', 'force_resume', 'start_epoch', 'eval', 'dist_eval'),
     *('checkpoint_every', 'export_safetensors', 'on_nan', 'most_skips', 'timeout', 'test_speed', 'only_test_speed'),
     *('num_workers', 'pin_mem', 'data_path', 'data_layout', 'use_lmdb', 'verify_records', 'device', 'amp'),
-    *('train_mode', 'local_rank', 'world_size', 'dist_url', 'batch_size', 'accum_steps', 'deterministic'),
+    *('train_mode', 'local_rank', 'world_size', 'dist_url', 'batch_size', 'accum_steps'),
     'model_ema_force_cpu',
 }  # fmt: skip
 
@@ -176,8 +176,16 @@ def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule:
             timings=[dict(line) for line in state.get('timings', [])],
             left_out=[(int(a), int(b), int(c)) for a, b, c in state.get('left_out', [])],
         )
-        if min(progress.epoch, progress.batch, progress.done) < 0 or not math.isfinite(progress.best):
+        most = progress.done if progress.num_draws is None else progress.num_draws
+        if (
+            not 0 <= progress.done <= most
+            or min(progress.epoch, progress.batch) < 0
+            or not math.isfinite(progress.best)
+        ):
             raise ValueError('its place in the run is impossible')
+        if not isinstance(state.get('scaler') or {}, Mapping):
+            raise ValueError('its scaler is none')
+        plateau = isinstance(parts.scheduler, PlateauLRScheduler)  # its rate is a state, not a function of the epoch
         options = [
             {key: value for key, value in group.items() if key != 'params'} for group in parts.optimizer.param_groups
         ]
@@ -185,11 +193,11 @@ def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule:
         if parts.model_ema is not None:
             parts.model_ema.module.load_state_dict(average or weights)
         parts.optimizer.load_state_dict(state['optimizer'])
-        if schedule:
+        if schedule or plateau:
             _load_schedule(parts.scheduler, state['lr_scheduler'])
-        else:
+        if not schedule:
             for group, own in zip(parts.optimizer.param_groups, options, strict=True):
-                group.update(own)
+                group.update({key: value for key, value in own.items() if not (plateau and key == 'lr')})
         if state.get('scaler') and parts.scaler.is_enabled():
             parts.scaler.load_state_dict(state['scaler'])
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as err:

@@ -21,7 +21,7 @@ from models.evit import KeepRateSchedule
 from output import OutputFolder
 from resume import Parts, Progress, compare, load_state, to_state
 from samplers import TrainBatches
-from utils import InputError, format_seconds, from_main_process, is_main_process, log
+from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log
 
 MOST_REWINDS = 10  # in an epoch
 
@@ -111,7 +111,7 @@ class Run:
             )
         self.progress = load_state(self.parts, state, source, schedule=not differences and not other_batch)
         if differences or other_batch:  # the rates of the new arguments
-            self.parts.scheduler.step(max(self.progress.epoch - self.lr_delay_epochs, 0), 0.0)
+            self.parts.scheduler.step(max(self.progress.epoch - self.lr_delay_epochs, 0), None)
         for line in (*differences, *notes):
             log(f'Note: {line}')
         within = f', {self.progress.batch} steps of epoch {self.progress.epoch}' if self.progress.batch else ''
@@ -150,9 +150,12 @@ class Run:
         if not self.output.wanted:
             raise Interrupted(number, f'{name} {where}; there is no --output_dir, so nothing is saved')
         self.save()
-        self.output.close()
-        if number == signal.SIGUSR1 and is_main_process():
-            requeue()
+        try:
+            self.output.close()
+        finally:
+            if number == signal.SIGUSR1 and is_main_process():
+                requeue()
+        barrier()  # a launcher ends all processes once one of them is gone
         raise Interrupted(number, f'{name} {where}: a checkpoint is written; --auto-resume goes on from it')
 
     def _dump(self, err: NonFiniteError) -> str:
@@ -208,8 +211,8 @@ class Run:
             log(f'Nothing is left to train: the checkpoint has all {self.last_epoch} epochs')
             keep_rate = progress.keep_rate if self.keep_rates is not None else None
             report_accuracy(self.test(self.parts.model, 'Test', keep_rate))
-        elif self.rewinds and not progress.epoch and not progress.batch:
-            self.save()  # something to go back to
+        elif self.rewinds:
+            self.save()  # what to go back to: this run, with its arguments
         with self.interrupts.installed():
             while self.progress.epoch < self.last_epoch:
                 try:
@@ -218,7 +221,7 @@ class Run:
                     self._rewind(err)
                     continue
                 self._finish_epoch(stats)
-        self.output.close()
+            self.output.close()
         best = max(self.progress.best, 0)
         log(f'Training time {format_seconds(time.perf_counter() - started)}, best accuracy {best:.2f}%')
         return self.progress.history[-1] if self.progress.history else {}

@@ -139,6 +139,34 @@ def sigterm(root: Path, rng: random.Random) -> None:
     goes_on(folder)
 
 
+def _slow_disk() -> None:
+    """Makes every file take a second."""
+    write = ckpt.write_bytes
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        time.sleep(1)
+        write(*args, **kwargs)
+
+    ckpt.write_bytes = slowly
+
+
+@fault
+def preempted_group(root: Path, rng: random.Random) -> None:
+    """Two processes get the signal, and a launcher ends the other once one has left: the checkpoint is whole."""
+    folder, case = root / 'run', Case(processes=2, epochs=2, batch=256)
+    children = start(case, folder, first=_slow_disk)
+    wait_for(lambda: folder.with_suffix('.0.txt').exists() and 'Epoch 0 [5' in text(folder))
+    for child in children:
+        os.kill(child, signal.SIGUSR1)
+    first, status = os.waitpid(-1, 0)
+    (other,) = set(children) - {first}
+    os.kill(other, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(status) == 138, text(folder)
+    wait([other])
+    assert ckpt.load(str(folder / 'checkpoint.pth'))['progress'] is not None
+    goes_on(folder, case=case)
+
+
 @fault
 def second_signal(root: Path, rng: random.Random) -> None:
     """It ends the process at once, and leaves no broken file."""

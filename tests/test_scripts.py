@@ -146,6 +146,49 @@ def test_the_total_batch_does_not_depend_on_the_processes() -> None:
     assert 'MASTER_ADDR' in script('run_code.sh', 'cifar100', expect=2, NNODES='2', MASTER_ADDR='')
 
 
+def test_a_restart_finds_its_folder_again(tmp_path: Path) -> None:
+    (tmp_path / 'a.pth').touch()
+    for argv, folder in (
+        (['run_code.sh', 'cifar100'], 'output/cifar100'),
+        (['run_code.sh'], 'output/digits'),
+        (['finetune.sh', str(tmp_path / 'a.pth'), 'cifar100'], 'output/cifar100-finetune'),
+    ):
+        _, flags = flags_of(script(*argv))
+        assert flags['output_dir'] == folder and flags['auto_resume'] and flags['checkpoint_every'] == ('minutes', 10)
+    assert not flags_of(script('run_code.sh', '--no-auto-resume', '--output_dir', 'x'))[1]['auto_resume']
+    launcher, _ = flags_of(script('run_code.sh', RESTARTS='3'))
+    assert '--nproc_per_node 1 --max_restarts 3 --standalone' in launcher
+    assert "RESTARTS is a whole number, not 'x'" in script('run_code.sh', expect=2, RESTARTS='x')
+
+
+def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:
+    """A stand-in for srun starts two tasks as SLURM does; the job trains, and requeues where it was told to stop."""
+    job = {'SLURM_JOB_ID': '7', 'SLURM_JOB_NUM_NODES': '2', 'SLURM_NTASKS_PER_NODE': '4', 'NPROC': ''}
+    launcher, flags = flags_of(script('slurm.sh', 'cifar100', **job))
+    assert launcher.startswith('+ srun --kill-on-bad-exit=1 ') and flags['batch_size'] == 64
+    (tmp_path / 'a.pth').touch()
+    _, flags = flags_of(script('slurm.sh', 'finetune', str(tmp_path / 'a.pth'), 'cifar100', **job))
+    assert flags['finetune'] == str(tmp_path / 'a.pth') and flags['batch_size'] == 32
+    assert 'this is a job for SLURM' in script('slurm.sh', expect=2, SLURM_JOB_ID='')
+    assert 'has no run_code.sh' in script('slurm.sh', expect=1, SLURM_JOB_ID='7', SLURM_SUBMIT_DIR=str(tmp_path))
+
+    srun = tmp_path / 'srun'
+    srun.write_text("""#!/usr/bin/env bash
+shift
+export SLURM_NTASKS=2 MASTER_ADDR=127.0.0.1
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
+wait $first && wait $second
+""")
+    srun.chmod(0o755)
+    small = ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '--epochs', '1', '--device', 'cpu']
+    job = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS_PER_NODE': '2', 'NPROC': '', 'DRY_RUN': '', 'OMP_NUM_THREADS': '1'}
+    out = str(tmp_path / 'out')
+    text = script('slurm.sh', 'digits', *small, PATH=f'{tmp_path}:{os.environ["PATH"]}', OUTPUT=out, **job)
+    assert '2 processes on cpu' in text and 'Training time' in text
+    assert (tmp_path / 'out' / 'checkpoint.pth').exists()
+
+
 def test_data_and_output_come_from_the_environment(tmp_path: Path) -> None:
     _, flags = flags_of(script('run_code.sh', 'sketch', cwd=tmp_path, DATA='my/data', OUTPUT='my/out'))
     assert (flags['data_path'], flags['output_dir']) == (str(Path.cwd() / 'my/data'), 'my/out')

@@ -37,6 +37,7 @@ FLAGS = [
     *('--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2'),
     *('--data-set', 'DIGITS', '--input-size', '16', '--lr', '8e-3', '--warmup-epochs', '0', '--drop', '0.1'),
     *('--model-ema-decay', '0.9', '--device', 'cpu', '--auto-resume', '--checkpoint-every', '2', '--dist-eval'),
+    *('--timeout', '20'),  # a process that is killed before the group is made is waited for
 ]  # fmt: skip
 
 
@@ -123,13 +124,16 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other
 
 
-PARTS = ('model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'max_accuracy', 'history')
+PARTS = ('model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'max_accuracy', 'history', 'left_out')
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
     """The parts of two finished runs that are not equal."""
     one, other = (ckpt.load(str(path / 'checkpoint.pth')) for path in (folder, reference))
     found = [name for name in PARTS if not same(one[name], other[name])]
+    best, other_best = (ckpt.load(str(path / 'best_checkpoint.pth')) for path in (folder, reference))
+    if not (same(best['model'], other_best['model']) and best['epoch'] == other_best['epoch']):
+        found.append('best_checkpoint.pth')
     if (folder / 'log.txt').read_bytes() != (reference / 'log.txt').read_bytes():
         found.append('log.txt')
     return found
