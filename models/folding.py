@@ -1,0 +1,79 @@
+"""BatchNorms folded into the convolutions before them, for inference. The file needs torch and timm only."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+__all__ = ['fold_batchnorm']
+
+FOLDABLE = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of children of which the second takes what the first puts out.
+
+    In a Sequential, neighbours. Elsewhere `conv…` and `bn…` with the same ending, the first one registered earlier:
+    a norm that stands before its convolution is registered before it too.
+    """
+    names = list(module._modules)
+    if type(module).forward is nn.Sequential.forward:
+        yield from pairwise(names)
+        return
+    for place, name in enumerate(names):
+        partner = f'bn{name.removeprefix("conv")}'
+        if name.startswith('conv') and partner in names[place + 1 :]:
+            yield name, partner
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing but its own `forward` happens when a module is called."""
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
+    # Other classes of convolutions may do more than convolve: some standardise their weights first.
+    if type(conv) is not nn.Conv2d or not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return False
+    return (
+        type(norm) in FOLDABLE
+        and norm.running_mean is not None
+        and norm.running_var is not None
+        and norm.num_features == conv.out_channels
+        and _is_plain(conv)
+        and _is_plain(norm)
+    )
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose BatchNorms are folded into the convolutions that they follow directly.
+
+    Such a convolution gets the norm's scale in its weight and the rest in its bias; nn.Identity stands in the norm's
+    place, or what else timm's BatchNormAct2d does. The outputs are equal up to rounding. Pairs are found by their
+    place in an nn.Sequential and by their names (conv1, bn1); whatever else there is stays as it is, and so do modules
+    that stand in two places, and norms without running statistics.
+
+    Args:
+        model: is not changed.
+    """
+    folded = copy.deepcopy(model).eval()
+    places = Counter(id(child) for module in folded.modules() for child in module._modules.values())
+    for module in list(folded.modules()):
+        for conv_name, norm_name in _pairs(module):
+            conv, norm = module._modules[conv_name], module._modules[norm_name]
+            if not _can_fold(conv, norm) or places[id(conv)] > 1 or places[id(norm)] > 1:
+                continue
+            assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+            assert norm.running_mean is not None and norm.running_var is not None
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+            module._modules[norm_name] = rest.eval()
+    return folded
