@@ -170,6 +170,19 @@ class HeadInteractedAttention(nn.Module):
         return self.proj_drop(torch.cat([prefix + heads.mean(dim=1, keepdim=True), patches], dim=1))
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of tokens, (B, N, in) -> (B, N, out): the matrix product that it is, without a map's layout.
+
+    Its parameters are named, shaped and initialised as a convolution's.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class DynamicAggregationFeedForward(nn.Module):
     """DAFF: a convolutional feed-forward on the patch tokens that re-calibrates the class token. Paper §3.2, eqs. 4, 5.
 
@@ -190,11 +203,11 @@ class DynamicAggregationFeedForward(nn.Module):
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
         # Published code: all three convolutions have a bias, though a norm follows each.
-        self.conv1 = nn.Conv2d(dim, hidden_dim, kernel_size=1)
+        self.conv1 = PointwiseConv(dim, hidden_dim)
         self.bn1 = norm_layer(hidden_dim)
         self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
         self.bn2 = norm_layer(hidden_dim)
-        self.conv3 = nn.Conv2d(hidden_dim, dim, kernel_size=1)
+        self.conv3 = PointwiseConv(hidden_dim, dim)
         self.bn3 = norm_layer(dim)
         self.act = act_layer()
         self.compress = nn.Linear(dim, dim // 4)
@@ -202,11 +215,13 @@ class DynamicAggregationFeedForward(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        x = rearrange(patches, 'b (h w) d -> b d h w', h=grid[0])  # (B, D, H/P, W/P), channels last in memory
-        x = self.act(self.bn1(self.conv1(x)))  # (B, hidden, H/P, W/P)
+        # Maps are tokens seen otherwise, channels last in memory, so that no rearrangement moves anything.
+        to_map = partial(rearrange, pattern='b (h w) d -> b d h w', h=grid[0])
+        to_tokens = partial(rearrange, pattern='b d h w -> b (h w) d')
+        x = self.act(self.bn1(to_map(self.conv1(patches))))  # (B, hidden, H/P, W/P)
         x = x + self.act(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))  # (B, D, H/P, W/P)
-        patches = rearrange(x, 'b d h w -> b (h w) d')  # (B, N, D)
+        x = self.bn3(to_map(self.conv3(to_tokens(x))))  # (B, D, H/P, W/P)
+        patches = to_tokens(x)  # (B, N, D)
         weight = self.excitation(self.act(self.compress(patches.mean(dim=1, keepdim=True))))  # (B, 1, D); no sigmoid
         return torch.cat([prefix * weight, patches], dim=1)
 
