@@ -527,17 +527,24 @@ def _shift_x(pixels: Tensor, values: Tensor, fill: Tensor, *, cubic: bool, exact
     slope, offset = values[:, 0, None, None], values[:, 1, None, None]
     x = torch.arange(width, device=pixels.device, dtype=real) + 0.5
     y = torch.arange(height, device=pixels.device, dtype=real)[:, None] + 0.5
-    source = x + slope * y + offset  # (k, H, W)
+    shift = slope * y + offset  # (k, H, 1)
+    source = x + slope * y + offset if exact else x + shift  # (k, H, W)
     inside = (source >= 0) & (source < width)
-    source -= 0.5
-    base = source.floor()
-    d = (source - base)[:, None]
-    base = base.long()
     pixels = pixels.to(real)
-    taps = [
-        pixels.gather(3, (base + tap).clamp_(0, width - 1)[:, None].expand(-1, 3, -1, -1))
-        for tap in (range(-1, 3) if cubic else range(2))
-    ]
+    first, last = (-1, 2) if cubic else (0, 1)
+    if exact:
+        source -= 0.5
+        base = source.floor()
+        places = [(base.long() + tap).clamp_(0, width - 1) for tap in range(first, last + 1)]
+        taps = [pixels.gather(3, place[:, None].expand(-1, 3, -1, -1)) for place in places]
+        d = (source - base)[:, None]
+    else:  # the fraction is the same along a row, but for rounding, so that neighbours are slices of one strip
+        base = shift.floor()
+        columns = torch.arange(first, width + last, device=pixels.device)
+        place = (base.long() + columns).clamp_(0, width - 1)
+        strip = pixels.gather(3, place[:, None].expand(-1, 3, -1, -1))
+        taps = [strip[..., tap : tap + width] for tap in range(last - first + 1)]
+        d = (shift - base)[:, None]
     return _finish(_interpolate(taps, d, exact=exact), inside, fill)
 
 
@@ -795,7 +802,7 @@ class BatchedAugment:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Adds the steps of each layer of RandAugment; gives the ops (layers, B), as in `Plan`, and their levels."""
         layers, num_ops = policy.num_layers, len(policy.names)
-        numbers = uniforms(keys, Purpose.OPS, layers * 6).reshape(-1, layers, 6)
+        numbers = uniforms(keys, Purpose.OPS, layers * 6).reshape(len(keys), layers, 6)
         if policy.weights is None:
             ops = np.floor(numbers[:, :, 0] * num_ops).astype(np.int64)
         else:
@@ -806,20 +813,20 @@ class BatchedAugment:
         ops = np.where(numbers[:, :, 1] < policy.prob, ops, -1)
         levels = policy.levels(numbers[:, :, 2:4])
         negative = numbers[:, :, 4] < 0.5
-        cubic = numbers[:, :, 5] < 0.5 if self.interpolation == 'random' else np.full(
-            ops.shape, self.interpolation == 'bicubic'
-        )  # fmt: skip
+        cubic = numbers[:, :, 5] < {'bilinear': 0.0, 'random': 0.5, 'bicubic': 1.0}[self.interpolation]
+        # Sorted by interpolation inside of ops: a run of each pair is one step.
+        codes = np.where(ops < 0, -1, 2 * ops + cubic)
         for layer in range(layers):
+            order = np.argsort(codes[:, layer], kind='stable')
+            present, first = np.unique(codes[order, layer], return_index=True)
             found = []
-            for number, name in enumerate(policy.names):
-                info = OPS[name]
-                index = np.flatnonzero(ops[:, layer] == number)
-                argument = np.zeros(len(index))
-                if info.argument is not None:
-                    argument = info.argument(levels[index, layer], negative[index, layer])
-                for kind in (True, False):
-                    part = cubic[index, layer] == kind
-                    found.append(make_step(info.kind, index[part], argument[part], size, cubic=kind))
+            for code, index in zip(present.tolist(), np.split(order, first[1:]), strict=True):
+                if code >= 0:
+                    info = OPS[policy.names[code // 2]]
+                    argument = levels[index, layer]
+                    if info.argument is not None:
+                        argument = info.argument(argument, negative[index, layer])
+                    found.append(make_step(info.kind, index, argument, size, cubic=bool(code % 2)))
             steps.append(merge_steps(found))
         return ops.T, levels.T
 
@@ -849,6 +856,8 @@ class BatchedAugment:
         device, (height, width) = images.device, images.shape[2:]
         if self.crop == 'pad' and (height, width) != (self.input_size, self.input_size):
             raise ValueError(f'images of {height}x{width} pixels, {self.input_size}x{self.input_size} are expected')
+        if self.exact and device.type == 'mps':
+            raise UsageError('--augment-exact needs float64, which MPS does not have')
         real = torch.float64 if self.exact else torch.float32
         plan = self.plan(draws.numpy(), (height, width))
         layers = plan.steps
@@ -888,7 +897,7 @@ class BatchedAugment:
         """A new tensor, whatever is done."""
         height, width = images.shape[2:]
         if self.crop == 'none':
-            return torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
+            return torch.where(flip.bool()[:, None, None, None], images.flip(3), images).contiguous()
         padded = F.pad(images, (PADDING,) * 4)
         y = top[:, None] + torch.arange(height, device=images.device)
         x = torch.arange(width, device=images.device)
