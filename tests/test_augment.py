@@ -313,7 +313,7 @@ def assert_same_shares(ours: Counter, theirs: Counter, total: int) -> None:
     for key in set(ours) | set(theirs):
         share = (ours[key] + theirs[key]) / (2 * total)
         error = math.sqrt(2 * share * (1 - share) / total)
-        assert abs(ours[key] - theirs[key]) / total < 4.5 * error, (key, ours[key], theirs[key])
+        assert abs(ours[key] - theirs[key]) / total <= 4.5 * error, (key, ours[key], theirs[key])
 
 
 @pytest.mark.parametrize(
