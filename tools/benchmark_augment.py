@@ -79,7 +79,8 @@ def to_batch(images: Sequence[Image.Image]) -> Tensor:
 def compare_op(name: str, images: Sequence[Image.Image], *, cubic: bool, device: torch.device) -> list[str]:
     """The cells of a row: for exact arithmetic and for float32, identical images, greatest and mean difference."""
     resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
-    to_argument, op = LEVEL_TO_ARG[name], NAME_TO_OP[name]
+    to_argument: Any = LEVEL_TO_ARG[name]
+    op: Any = NAME_TO_OP[name]
     arguments: list[float] = []
     outs = []
     for image in images:
