@@ -392,11 +392,17 @@ def plan_erasing(keys: np.ndarray, size: Size, *, prob: float, mode: str, count:
     return Erasing(boxes.astype(np.int64), noise_keys, colours, np.bincount(rounds, minlength=count).tolist())
 
 
-def send(arrays: Sequence[np.ndarray], device: torch.device, real: torch.dtype) -> list[Tensor]:
-    """Arrays as tensors on a device: whole numbers as int64, uint8 as it is, the rest as `real`.
+def _real(device: torch.device) -> torch.dtype:
+    """The type of arguments and coordinates, which only MPS does not have."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
+def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays as tensors on a device: whole numbers as int64, uint8 as it is, the rest as float64.
 
     All of one type travel in one copy from pinned memory, which the host does not wait for.
     """
+    real = _real(device)
     types = [torch.uint8 if a.dtype == np.uint8 else torch.int64 if a.dtype.kind in 'iu' else real for a in arrays]
     tensors = [torch.from_numpy(np.ascontiguousarray(a)).to(kind) for a, kind in zip(arrays, types, strict=True)]
     if device.type == 'cpu':
@@ -456,10 +462,9 @@ def _autocontrast_tables(pixels: Tensor) -> Tensor:
     """From the darkest and the lightest value of each channel to 0 and 255."""
     low = pixels.amin((2, 3)).long()[:, :, None]
     high = pixels.amax((2, 3)).long()[:, :, None]
-    # MPS has no float64. Of tensors: a quotient with a Python number becomes a product with its reciprocal.
-    real = torch.float32 if pixels.device.type == 'mps' else torch.float64
+    # Of tensors: a quotient with a Python number becomes a product with its reciprocal.
     ramp = torch.arange(256, device=pixels.device)
-    scale = torch.full((1,), 255, dtype=real, device=pixels.device) / (high - low).clamp(min=1)
+    scale = torch.full((1,), 255, dtype=_real(pixels.device), device=pixels.device) / (high - low).clamp(min=1)
     stretched = (ramp * scale).add_(-low * scale).clamp_(0, 255)
     return torch.where(high > low, stretched.to(torch.uint8), ramp.to(torch.uint8))
 
@@ -530,7 +535,7 @@ def _shift_x(pixels: Tensor, values: Tensor, fill: Tensor, *, cubic: bool, exact
     shift = slope * y + offset  # (k, H, 1)
     source = x + slope * y + offset if exact else x + shift  # (k, H, W)
     inside = (source >= 0) & (source < width)
-    pixels = pixels.to(real)
+    pixels = pixels.to(real if exact else torch.float32)
     first, last = (-1, 2) if cubic else (0, 1)
     if exact:
         source -= 0.5
@@ -544,7 +549,7 @@ def _shift_x(pixels: Tensor, values: Tensor, fill: Tensor, *, cubic: bool, exact
         place = (base.long() + columns).clamp_(0, width - 1)
         strip = pixels.gather(3, place[:, None].expand(-1, 3, -1, -1))
         taps = [strip[..., tap : tap + width] for tap in range(last - first + 1)]
-        d = (shift - base)[:, None]
+        d = (shift - base).float()[:, None]
     return _finish(_interpolate(taps, d, exact=exact), inside, fill)
 
 
@@ -561,11 +566,11 @@ def _affine(pixels: Tensor, values: Tensor, fill: Tensor, *, cubic: bool, exact:
     source_x -= 0.5
     source_y -= 0.5
     base_x, base_y = source_x.floor(), source_y.floor()
-    dx, dy = (source_x - base_x).flatten(1)[:, None], (source_y - base_y).flatten(1)[:, None]  # (k, 1, H * W)
+    flat = pixels.to(real if exact else torch.float32).flatten(2)
+    dx, dy = ((a - b).to(flat.dtype).flatten(1)[:, None] for a, b in ((source_x, base_x), (source_y, base_y)))
     taps = range(-1, 3) if cubic else range(2)
     columns = [(base_x.long() + tap).clamp_(0, width - 1) for tap in taps]
     rows = [(base_y.long() + tap).clamp_(0, height - 1).mul_(width) for tap in taps]
-    flat = pixels.to(real).flatten(2)
     lines = []
     for row in rows:
         line = [flat.gather(2, (row + column).flatten(1)[:, None].expand(-1, 3, -1)) for column in columns]
@@ -600,7 +605,7 @@ def apply_step(
         images: uint8.
         kind, index, values, cubic: of a `Step`, on the device of the images.
         fill: uint8 (3,), for pixels from outside of the image.
-        exact: Pillow's arithmetic in every bit, for which `values` of geometric ops are float64.
+        exact: Pillow's arithmetic in every bit: float64 for interpolation too, not for coordinates alone.
     """
     pixels = images.index_select(0, index)
     if kind == 'table':
@@ -648,8 +653,7 @@ def apply_op(
         cubic, fill, exact: as for `apply_step`.
     """
     step = make_step(OPS[name].kind, np.arange(len(images)), argument, (images.shape[2], images.shape[3]), cubic=cubic)
-    real = torch.float64 if exact else torch.float32
-    index, values = send([step.index, step.values], images.device, real)
+    index, values = send([step.index, step.values], images.device)
     out = images.clone()
     colour = torch.tensor(fill, dtype=torch.uint8, device=images.device)
     apply_step(out, step.kind, index, values, colour, cubic=cubic, exact=exact)
@@ -858,14 +862,13 @@ class BatchedAugment:
             raise ValueError(f'images of {height}x{width} pixels, {self.input_size}x{self.input_size} are expected')
         if self.exact and device.type == 'mps':
             raise UsageError('--augment-exact needs float64, which MPS does not have')
-        real = torch.float64 if self.exact else torch.float32
         plan = self.plan(draws.numpy(), (height, width))
         layers = plan.steps
         arrays = [plan.top, plan.left, plan.flip.astype(np.int64)]
         arrays += [array for steps in layers for step in steps for array in (step.index, step.values)]
         if plan.erasing is not None:
             arrays += [plan.erasing.boxes, plan.erasing.keys, plan.erasing.colours]
-        sent = iter(send(arrays, device, real))
+        sent = iter(send(arrays, device))
         fill, divisor, mean, std = self._on(device)
 
         images = self._crop_and_flip(images, next(sent), next(sent), next(sent))
@@ -1019,7 +1022,7 @@ class BatchedMixup:
         if self.mode == 'pair':
             lams, shares, boxes = (np.concatenate((a, a[::-1])) for a in (lams, shares, boxes))
 
-        lam, share, box = send([lams, shares, boxes], images.device, torch.float32)
+        lam, share, box = send([lams, shares, boxes], images.device)
         share = share.to(images.dtype)[:, None, None, None]
         mirrored = images.flip(0)
         mixed = images * share + mirrored * (1 - share)
@@ -1028,7 +1031,7 @@ class BatchedMixup:
         x = torch.arange(images.shape[3], device=images.device)
         rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
         inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, H, W)
-        return torch.where(inside, mirrored, mixed), lam[:, None]
+        return torch.where(inside, mirrored, mixed), lam.to(images.dtype)[:, None]
 
     def _boxes(self, lams: np.ndarray, images: Tensor) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Boxes for cutmix (top, bottom, left, right), each (k,), and the lams (k,) that go with them."""
