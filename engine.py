@@ -36,6 +36,7 @@ class Tally:
     skipped: int = 0  # optimizer steps that the loss scaler left out
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    data_seconds: float = 0.0  # of these, spent waiting for the loader
 
 
 def train_one_epoch(
@@ -105,7 +106,7 @@ def train_one_epoch(
     progress = Progress(loader, header=f'Epoch {epoch}', print_freq=print_freq, first=first)
     learning_rate = max(group['lr'] for group in optimizer.param_groups)
     tally = Tally() if tally is None else tally
-    seconds_before = tally.seconds
+    seconds_before, data_seconds_before = tally.seconds, tally.data_seconds
     unread: list[tuple[int, list[Tensor], Tensor]] = []  # of steps since the last print: first batch, losses, norm
     group_losses: list[Tensor] = []
     images_seen = 0
@@ -113,6 +114,7 @@ def train_one_epoch(
 
     def read() -> None:
         tally.seconds = seconds_before + progress.seconds
+        tally.data_seconds = data_seconds_before + progress.data_time
         if not unread:
             return
         losses = torch.stack([loss for _, group, _ in unread for loss in group])

@@ -236,6 +236,8 @@ def get_args_parser() -> FlagParser:
                        'finite number: stop, or go back to the last checkpoint and leave that batch out')  # fmt: skip
     group.add_argument('--most-skips', default=20, type=COUNT, help='optimizer steps that the loss scaler of fp16 may '
                        'leave out in a row')  # fmt: skip
+    group.add_argument('--report', action=switch, default=True, help="draw the run in --output_dir's report.html, once "
+                       'it is over')  # fmt: skip
     group.add_argument('--start_epoch', default=0, type=COUNT, help='first epoch; --resume sets it')
     group.add_argument('--eval', action='store_true', help='evaluate only; the flags of the run that wrote the '
                        'checkpoint are the defaults')  # fmt: skip
@@ -718,6 +720,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return training.train()
 
 
+def report_run(args: argparse.Namespace) -> None:
+    """Makes the report of a run that is over. Whatever goes wrong there is a note, as the run itself is whole."""
+    interrupts = Interrupts()
+    try:
+        with interrupts.installed(), no_children_left():
+            from tools import report  # drawing takes a second to import, and is for the main process only
+
+            made = report.make([Path(args.output_dir)], device=args.device, stop=lambda: bool(interrupts.signal))
+        log(f'Report: {made}')
+    except (Exception, SystemExit) as err:
+        log(f'Note: there is no report ({one_line(err)}); python tools/report.py {args.output_dir} makes one')
+
+
 def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
     """What the user can do about an error of PyTorch's, None for one that says nothing about what was given."""
     text = str(err)
@@ -764,8 +779,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 raise
             leave_word(get_rank(), str(reason))
             raise reason from None
+    reports = args.report and args.output_dir and not (args.eval or args.only_test_speed) and is_main_process()
     if dist.is_initialized():  # not after an error: the other processes may never come to the same point
         dist.destroy_process_group()
+    if reports:  # once the others are free to leave
+        report_run(args)
     return line
 
 

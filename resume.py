@@ -24,7 +24,7 @@ FREE_ARGUMENTS = {
     *('checkpoint_every', 'export_safetensors', 'on_nan', 'most_skips', 'timeout', 'test_speed', 'only_test_speed'),
     *('num_workers', 'pin_mem', 'data_path', 'data_layout', 'use_lmdb', 'verify_records', 'device', 'amp'),
     *('train_mode', 'local_rank', 'world_size', 'dist_url', 'batch_size', 'accum_steps'),
-    *('model_ema_force_cpu', 'augment', 'cache_gib'),
+    *('model_ema_force_cpu', 'augment', 'cache_gib', 'report'),
 }  # fmt: skip
 
 

@@ -290,7 +290,9 @@ class Run:
         steps = max(progress.tally.losses, 1)
         timing = {
             'epoch': epoch,
+            'train_images': (progress.num_draws or 0) - sum(end - begin for begin, end in progress.stretches()),
             'train_seconds': round(progress.tally.seconds, 3),
+            'data_seconds': round(progress.tally.data_seconds, 3),
             'step_seconds': round(progress.tally.seconds / steps, 6),
             'test_seconds': round(time.perf_counter() - started, 3),
         }

@@ -37,6 +37,7 @@ FLAGS = [
     *('--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2'),
     *('--data-set', 'DIGITS', '--input-size', '16', '--lr', '8e-3', '--warmup-epochs', '0', '--drop', '0.1'),
     *('--model-ema-decay', '0.9', '--device', 'cpu', '--auto-resume', '--checkpoint-every', '2', '--dist-eval'),
+    '--no-report',
     *('--timeout', '20'),  # a process that is killed before the group is made is waited for
 ]  # fmt: skip
 
