@@ -399,8 +399,8 @@ class DHVT(nn.Module):
         self.apply(self._init_weights)
         self.has_positions = pos_embed == 'learn'
         if self.has_positions:
-            num_tokens = self.num_prefix_tokens + self.patch_embed.num_patches  # type: ignore[operator]
-            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim))
+            num_patches: int = self.patch_embed.num_patches  # type: ignore[assignment]
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + num_patches, embed_dim))
             trunc_normal_(self.pos_embed, std=0.02)
 
     @staticmethod
@@ -463,12 +463,13 @@ class DHVT(nn.Module):
             ValueError: if the patch size does not divide it, or the model has a position embedding.
         """
         if self.has_positions:
-            self._refuse_grid(*(side // self.patch_embed.patch_size for side in to_2tuple(img_size)))
+            side: int = self.patch_embed.patch_size  # type: ignore[assignment]
+            self._refuse_grid(*(length // side for length in to_2tuple(img_size)))
         self.patch_embed.set_input_size(img_size)  # type: ignore[operator]
 
     def _refuse_grid(self, height: int, width: int) -> None:
         """Raises ValueError for a grid that the position embedding is not for."""
-        own = self.patch_embed.grid_size
+        own: Grid = self.patch_embed.grid_size  # type: ignore[assignment]
         if (height, width) != own:
             raise ValueError(
                 f'the position embedding is for {own[0]}x{own[1]} patches, not {height}x{width}: keep the image size, '
