@@ -403,7 +403,7 @@ def draw(table: Table, results: Sequence[Result], path: Path) -> None:
                 markeredgecolor='black', markersize=4, label='a run',
             )  # fmt: skip
             axes.annotate(
-                f'{result.mean:.2f}', (low, place), (4, 0), textcoords='offset points', va='center', color='white'
+                _cells(row, result)[3], (1.01, place), xycoords=('axes fraction', 'data'), va='center', fontsize=9
             )
         axes.plot([row.paper] * 2, [place - 0.36, place + 0.36], color='#f58518', linewidth=3, label='paper')
     axes.set_yticks(range(len(table.rows)), [row.name for row in table.rows])
