@@ -49,12 +49,14 @@ class Case:
     processes: int = 1
     amp: str = 'off'
     workers: int = 0
+    augment: str = 'batched'  # in the loader processes only if 'pil'
     epochs: int = 2
     batch: int = 64  # in all
 
     def __str__(self) -> str:
         words = 'process' if self.processes == 1 else 'processes'
-        return f'{self.processes} {words}, --amp {self.amp}, {self.workers} workers'
+        how = self.augment if self.augment == 'batched' else f'{self.augment} in {self.workers} workers'
+        return f'{self.processes} {words}, --amp {self.amp}, augmentation {how}'
 
 
 def free_port() -> int:
@@ -73,7 +75,15 @@ def start(case: Case, folder: Path, *more: str, first: Callable[[], object] = in
         first: called in each process before it begins.
     """
     flags = [*FLAGS, '--amp', case.amp, '--epochs', str(case.epochs), '--output_dir', str(folder)]
-    flags += ['--num_workers', str(case.workers), '--batch-size', str(case.batch // case.processes), *more]
+    flags += [
+        '--num_workers',
+        str(case.workers),
+        '--augment',
+        case.augment,
+        '--batch-size',
+        str(case.batch // case.processes),
+        *more,
+    ]
     port = free_port()
     sys.stdout.flush()
     children = []
@@ -178,6 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--processes', type=int, nargs='+', default=[1, 2])
     parser.add_argument('--amp', nargs='+', default=['off', 'bf16'])
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 2])
+    parser.add_argument('--augment', nargs='+', default=['pil', 'batched'], help='batched has no loader processes')
     parser.add_argument('--epochs', type=int, default=2)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--keep', type=Path, help='work here, and keep the runs')
@@ -187,8 +198,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rng = random.Random(args.seed)
-    for processes, amp, workers in itertools.product(args.processes, args.amp, args.workers):
-        case = Case(processes=processes, amp=amp, workers=workers, epochs=args.epochs)
+    augmentations = [(how, n) for how in args.augment for n in (args.workers if how == 'pil' else [0])]
+    for processes, amp, (augment, workers) in itertools.product(args.processes, args.amp, augmentations):
+        case = Case(processes=processes, amp=amp, workers=workers, augment=augment, epochs=args.epochs)
         root = Path(tempfile.mkdtemp(dir=args.keep))
         print(torture(case, root, kills=args.kills, rng=rng), flush=True)
         if args.keep is None:
