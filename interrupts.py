@@ -70,6 +70,28 @@ class Interrupts:
         return int(wish)
 
 
+@contextmanager
+def deadline(seconds: float, error: Callable[[], Exception]) -> Iterator[None]:
+    """Raises an error in its body after so many seconds, also where that waits for another process without end.
+
+    Does nothing outside the main thread, which alone can be interrupted, and for 0 seconds.
+    """
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise error()
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def ignore_signals(worker: int) -> None:
     """For loader processes: the signals are for the process that they work for, which may need their batches still.
 

@@ -16,23 +16,38 @@ from torch.utils.data import DataLoader, SequentialSampler
 from augment import BatchedAugment
 from datasets import SMALL_IMAGE, Augmentation, AugmentedImages
 from images import ImageDataset
-from interrupts import ignore_signals
+from interrupts import deadline, ignore_signals
 from samplers import Draw, EvalSampler, TrainBatches
-from utils import UsageError, log
+from utils import SizedLoader, UsageError, log
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S), class indices (B,)
 GIB = 2**30
 
 
-class Loader(Protocol):
-    """The batches of an epoch."""
+class TrainLoader(SizedLoader, Protocol):
+    """The batches of an epoch, as `batch_sampler` says."""
 
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Batch]: ...
-
-
-class TrainLoader(Loader, Protocol):
     batch_sampler: TrainBatches
+
+
+class TimedLoader(DataLoader):
+    """A DataLoader whose `timeout` also holds while it fetches a batch that a loader process has announced.
+
+    That process hands over the memory itself, and PyTorch waits for it without end if it stops just then.
+    """
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        patience = self.timeout + 2  # PyTorch's own message says more, where it comes
+        while True:
+            with deadline(
+                patience if self.timeout else 0,
+                lambda: RuntimeError(f'DataLoader timed out after {patience:g} seconds'),
+            ):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
 
 
 class Normalize:
@@ -63,7 +78,7 @@ class ImageCache:
     ) -> None:
         dataset.transform = crop
         images, targets = [], []
-        for part, labels in DataLoader(dataset, batch_size=256, sampler=SequentialSampler(dataset), **options):
+        for part, labels in TimedLoader(dataset, batch_size=256, sampler=SequentialSampler(dataset), **options):
             images.append(part.to(device, non_blocking=True))
             targets.append(labels.to(device, non_blocking=True))
         self.images, self.targets = torch.cat(images), torch.cat(targets)
@@ -229,7 +244,7 @@ def build_loaders(
     workers: int,
     pin_memory: bool = True,
     timeout: float = 0.0,
-) -> tuple[TrainLoader | None, Loader, str]:
+) -> tuple[TrainLoader | None, SizedLoader, str]:
     """The loaders of a run, and how training images are augmented: 'none', 'pil', 'batched' or 'batched, exact'.
 
     Batched augmentation runs on the device; 'auto' chooses it where it knows the policy. Images whose crop is the same
@@ -288,7 +303,7 @@ def build_loaders(
                 augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device='cpu'
             )
             images = AugmentedImages(train, seed=seed, erase=erase if augmentation.resplit else None)
-            train_loader = DataLoader(images, batch_sampler=batches, persistent_workers=workers > 0, **options)
+            train_loader = TimedLoader(images, batch_sampler=batches, persistent_workers=workers > 0, **options)
         else:
             crop, fixed = augmentation.crop(train=True)
             if fixed and fits(train):
@@ -297,13 +312,11 @@ def build_loaders(
             else:
                 train.transform = crop
                 images = AugmentedImages(train, seed=seed)
-                loader: DataLoader = DataLoader(
-                    images, batch_sampler=batches, persistent_workers=workers > 0, **options
-                )
+                loader = TimedLoader(images, batch_sampler=batches, persistent_workers=workers > 0, **options)
                 train_loader = AugmentedBatches(loader, pipeline, device)
         if device.type == 'cuda':
             train_loader = Prefetched(train_loader, device)
     if train is not None and fits(val):  # an evaluation alone reads each image once anyway
         cache = ImageCache(val, augmentation.crop(train=False)[0], device=device, options=options)
         return train_loader, CachedEvaluation(cache, shard.indices, batch_size=eval_batch_size), kind
-    return train_loader, DataLoader(val, sampler=shard, batch_size=eval_batch_size, **options), kind
+    return train_loader, TimedLoader(val, sampler=shard, batch_size=eval_batch_size, **options), kind

@@ -47,7 +47,7 @@ from flags import (
     usable_workers,
 )
 from interrupts import Interrupted, Interrupts, leave_word, lost_contact, no_children_left
-from loaders import build_loaders
+from loaders import TrainLoader, build_loaders
 from losses import DistillationLoss, Teacher, create_criterion
 from models import evit
 from models.folding import fold_batchnorm
@@ -59,6 +59,7 @@ from training import Run, report_accuracy
 from utils import (
     InputError,
     Process,
+    SizedLoader,
     UsageError,
     amp_name,
     default_device,
@@ -464,6 +465,29 @@ def plan_batches(args: argparse.Namespace, splits: Splits, process: Process) -> 
     return batches
 
 
+def open_loaders(
+    args: argparse.Namespace, splits: Splits, process: Process, device: torch.device
+) -> tuple[TrainLoader | None, SizedLoader, str]:
+    """The loaders of training, None for evaluation only, and of evaluation; and how training images are augmented."""
+    share = (process.world_size, process.rank) if args.dist_eval else (1, 0)
+    return build_loaders(
+        splits.train,
+        splits.val,
+        batches=plan_batches(args, splits, process),
+        shard=EvalSampler(splits.val, num_replicas=share[0], rank=share[1]),
+        eval_batch_size=int(1.5 * args.batch_size),
+        augmentation=find_augmentation(args),
+        seed=args.seed,
+        augment=args.augment,
+        exact=args.augment_exact,
+        cache_gib=args.cache_gib,
+        device=device,
+        workers=usable_workers(args.num_workers, processes=process.local_world_size),
+        pin_memory=args.pin_mem,
+        timeout=args.timeout,
+    )
+
+
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, device: torch.device) -> Any:
     """timm's optimizer, with the scaled learning rate.
 
@@ -550,26 +574,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     source, loaded, resumes = find_start(args, process, output)
     head_stays = resumes or args.eval
     splits = load_splits(args, process, ckpt.class_names(loaded, source) if head_stays else None)
-    batches = plan_batches(args, splits, process)
+    train_loader, val_loader, augmented = open_loaders(args, splits, process, device)
     for note in splits.notes:
         log(f'Note: {note}')
-    whole = {} if args.dist_eval else {'num_replicas': 1, 'rank': 0}
-    train_loader, val_loader, augmented = build_loaders(
-        splits.train,
-        splits.val,
-        batches=batches,
-        shard=EvalSampler(splits.val, **{'num_replicas': process.world_size, 'rank': process.rank, **whole}),
-        eval_batch_size=int(1.5 * args.batch_size),
-        augmentation=find_augmentation(args),
-        seed=args.seed,
-        augment=args.augment,
-        exact=args.augment_exact,
-        cache_gib=args.cache_gib,
-        device=device,
-        workers=usable_workers(args.num_workers, processes=process.local_world_size),
-        pin_memory=args.pin_mem,
-        timeout=args.timeout,
-    )
     memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
     model = build_model(args, splits.num_classes).to(device)
     model.to(memory_format=memory_format)  # type: ignore[call-overload]

@@ -32,7 +32,7 @@ from factory import keeps_tokens_by_rate
 from flags import COUNT, FlagParser, one_line_errors
 from images import ImageDataset
 from interrupts import no_children_left
-from main import build_loaders, build_model, explain, load_splits, parse_args, stored_flags
+from main import build_model, explain, load_splits, open_loaders, parse_args, stored_flags
 from output import BEST
 from speed import count_macs
 from tools.report_figures import (
@@ -58,6 +58,7 @@ from utils import (
     InputError,
     Process,
     Progress,
+    SizedLoader,
     UsageError,
     default_device,
     find_amp_dtype,
@@ -216,7 +217,7 @@ def predict(
         return f'{args.data_path} has no {cifar.base_folder}'  # which a report is no reason to download
     try:
         splits = load_splits(args, process, names)
-        loader = build_loaders(args, splits, process, chosen)[1]
+        loader = open_loaders(args, splits, process, chosen)[1]
     except (InputError, OSError) as err:
         return f'the images of {args.data_set} cannot be read: {one_line(err)}'
     try:
@@ -258,7 +259,7 @@ def predict(
 @torch.inference_mode()
 def _answers(
     model: torch.nn.Module,
-    loader: torch.utils.data.DataLoader,
+    loader: SizedLoader,
     device: torch.device,
     amp_dtype: torch.dtype | None,
     options: Mapping[str, Any],
@@ -274,7 +275,7 @@ def _answers(
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1])).indices[:, :1]  # of equals, which bfloat16 has, evaluate's choice
         confidence = logits.softmax(dim=1).gather(1, best)
-        found.append((targets.numpy(), best[:, 0].cpu().numpy(), confidence[:, 0].cpu().numpy()))
+        found.append((targets.cpu().numpy(), best[:, 0].cpu().numpy(), confidence[:, 0].cpu().numpy()))
     return found
 
 
