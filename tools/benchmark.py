@@ -13,7 +13,7 @@
 A variant is a text of main.py's flags. Flags that stand outside such a text count for all variants; without any the
 model is DHVT-T/4 at 32 px with batch 128. Beside main.py's flags the text may hold
 
-    timm:NAME[:KEY=VALUE,…]   a model of timm's registry, for --model and --model-kwargs
+    timm:NAME[:KEY=VALUE,…]   a model of timm's registry, in place of --model and --model-kwargs
     ENV:NAME=VALUE            an environment variable
     LABEL:TEXT                what the table calls the variant
     --worktree REV            the code of another commit, with those of the flags that it knows
@@ -30,6 +30,7 @@ products in the same precision and on as many threads.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -43,17 +44,17 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flags import FROM_ONE, POSITIVE, FlagParser, one_line_errors
 from utils import InputError, UsageError, num_usable_cores
 
+ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / 'tools' / 'benchmark_worker.py'
 ALLOCATOR = re.compile('MALLOC_.*|GLIBC_TUNABLES|LD_PRELOAD')
 NO_MEMORY = re.compile("out of (gpu |cuda )?memory|can't allocate|cannot allocate|bad_alloc|MemoryError", re.IGNORECASE)
@@ -105,9 +106,8 @@ class Variant:
             kind, _, rest = word.partition(':')
             if kind == 'timm':
                 name, _, settings = rest.partition(':')
-                flags += ['--model', name]
-                if settings:
-                    flags += ['--model-kwargs', *re.split(r',(?![^(\[]*[)\]])', settings)]
+                flags += ['--model', name, '--model-kwargs']
+                flags += filter(None, re.split(r',(?![^(\[]*[)\]])', settings))
             elif kind == 'ENV':
                 key, equals, value = rest.partition('=')
                 if not (key and equals):
@@ -187,17 +187,18 @@ class Worker:
 
     def __init__(self, variant: Variant, tree: Path, stack: ExitStack) -> None:
         self.variant = variant
-        self._log = stack.enter_context(tempfile.TemporaryFile('w+', errors='replace'))
         self._scratch = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        self._log = Path(self._scratch, 'log')
         self._tree = tree
-        self._process = subprocess.Popen(
-            [sys.executable, str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=variant.environment(),
-            text=True,
-        )
+        with open(self._log, 'w') as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=variant.environment(),
+                text=True,
+            )
         stack.callback(self.close)
         self.facts: dict[str, Any] = {}
 
@@ -225,19 +226,14 @@ class Worker:
             InputError: if the process ends for any other reason.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        line = ''
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + '\n')
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            pass
-        if line:
-            answer: dict[str, Any] = json.loads(line)
-            return answer
+            if sent := self._process.stdout.readline():
+                answer: dict[str, Any] = json.loads(sent)
+                return answer
         code = self._process.wait()
-        self._log.seek(0)
-        lines = [text.strip() for text in self._log if text.strip()]
+        lines = [line.strip() for line in self._log.read_text(errors='replace').splitlines() if line.strip()]
         last = lines[-1].removeprefix('main.py: error: ') if lines else ''
         if code < 0:
             last = f'the process was ended by signal {-code}: out of memory?'
@@ -246,12 +242,10 @@ class Worker:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
-            self._process.wait(10)
+            self._process.wait(5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -411,14 +405,14 @@ def make_table(what: str, rows: Sequence[dict[str, Any]]) -> str:
     """The Markdown table."""
     titles = ['', 'images/s', 'ratio']
     if what in ('step', 'eval'):
-        titles += ['utilisation']
+        titles += ['precision', 'utilisation']
     elif what == 'epoch':
         titles += ['seconds', 'waiting for data']
     lines = []
     for row in rows:
         cells = [row['label'], _rate(row['rates']), f'{row["ratio"]:.2f} ({_spread(row["ratios"], 2)})']
         if what in ('step', 'eval'):
-            cells.append(f'{row["utilisation"]:.0%}')
+            cells += [row['precision'], f'{row["utilisation"]:.0%}']
         elif what == 'epoch':
             cells.append(f'{statistics.median(sample["seconds"] for sample in row["samples"]):.1f}')
             cells.append(f'{row["data_percent"]:.1f}%' if 'data_percent' in row else '')
@@ -457,9 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ['augment']:
-        from tools import benchmark_augment
-
-        benchmark_augment.main(words[1:])
+        importlib.import_module('tools.benchmark_augment').main(words[1:])
         return
     parser = get_args_parser()
     args, common = parser.parse_known_args(_joined(words))
@@ -496,8 +488,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 'variants': rows,
             }
             Path(args.json).write_text(json.dumps(content, indent=1) + '\n')
-        print(f'{facts.get("device")}, {machine["processor"]}, {facts.get("threads")} threads, torch '
-              f'{facts.get("torch")}, {len(measured[0].samples)} rounds, {time.strftime("%Y-%m-%d")}\n')  # fmt: skip
+        batches = {one.facts.get('batch') for one in measured} if args.what != 'memory' else set()
+        print(
+            f'{facts.get("device")}, {machine["processor"]}, {facts.get("threads")} threads, '
+            f'torch {facts.get("torch")}, '
+            + (f'batch {batches.pop()}, ' if len(batches) == 1 else '')
+            + f'{len(measured[0].samples)} round{"s" if len(measured[0].samples) != 1 else ""}, '
+            f'{time.strftime("%Y-%m-%d")}\n'
+        )
         if args.what == 'memory':
             print(make_memory_table(rows, labels, args.batch_sizes))
         else:

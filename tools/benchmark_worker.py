@@ -464,7 +464,7 @@ class Job:
             return bars[-1]
 
         _replace(original, train)
-        self.engine.Progress = show
+        _replace(progress, show)
         epochs = [] if any(flag.partition('=')[0] == '--epochs' for flag in self.flags) else ['--epochs', '1']
         output = self.scratch / 'run'
         reset_peak_memory(device[-1])
@@ -502,10 +502,11 @@ def _without(flags: Sequence[str], unknown: Sequence[str]) -> list[str]:
 
 
 def _replace(old: Any, new: Any) -> None:
-    """Puts something else wherever a module holds a function under its name."""
+    """Puts something else wherever a module holds a function or a class under its name."""
+    name = old.__name__
     for module in list(sys.modules.values()):
-        if getattr(module, old.__name__, None) is old:
-            setattr(module, old.__name__, new)
+        if getattr(module, name, None) is old:
+            setattr(module, name, new)
 
 
 def _precision(amp_dtype: torch.dtype | None, device: torch.device) -> str:
@@ -520,6 +521,11 @@ def main() -> None:
         Job(channel, **channel.receive()).run()
     except Finished:
         os._exit(0)  # nothing of a run that was stopped half-way is worth a farewell
+    except Exception as err:
+        if not hasattr(err, 'exit_code'):
+            raise
+        print(' '.join(str(err).split()), file=sys.stderr)  # an InputError of the tree's own utils
+        sys.exit(err.exit_code)
 
 
 if __name__ == '__main__':
