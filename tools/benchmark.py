@@ -124,7 +124,8 @@ class Variant:
         inherited: Mapping[str, str] = os.environ
         if self.plain:
             inherited = {name: value for name, value in inherited.items() if not ALLOCATOR.fullmatch(name)}
-            inherited = {**inherited, 'TIMM_FUSED_ATTN': '0'}
+            # That is glibc's own default; main.py leaves an allocator alone that the environment configures.
+            inherited = {**inherited, 'MALLOC_PERTURB_': '0', 'TIMM_FUSED_ATTN': '0'}
         return {**inherited, **self.env}
 
 
@@ -155,8 +156,9 @@ def check_out(revision: str, folder: Path) -> str:
         commit = git('rev-parse', '--verify', '--quiet', f'{revision}^{{commit}}').decode().strip()
     except (InputError, IndexError):
         raise UsageError(f'--worktree {revision}: git knows no such commit in {ROOT}') from None
+    safely: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}  # Python 3.11.4, 3.10.12
     with tarfile.open(fileobj=io.BytesIO(git('archive', commit))) as archive:
-        archive.extractall(folder, filter='data')
+        archive.extractall(folder, **safely)
     return commit
 
 

@@ -10,6 +10,8 @@ Nothing of this project is imported before the first request has said which tree
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import json
 import math
@@ -219,6 +221,17 @@ def peak_memory(device: torch.device) -> float | None:
     return int(found[1]) / 1024 if found else None
 
 
+def release_memory(device: torch.device) -> None:
+    """Gives the system what is free, so that variants which wait do not hold the memory of one that is measured."""
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+    elif sys.platform.startswith('linux'):
+        trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # musl has none
+        if trim is not None:
+            trim(0)
+
+
 def limit_memory() -> None:
     """Lets an allocation fail that this machine has no memory for, before the kernel ends some process for it."""
     meminfo = Path('/proc/meminfo')
@@ -226,8 +239,10 @@ def limit_memory() -> None:
     if found:
         import resource
 
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         most = int(int(found[1]) * 1024 * 0.9)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def idle_time(intervals: Sequence[tuple[float, float]]) -> tuple[float, float, list[float]]:
@@ -385,6 +400,7 @@ class Job:
             number = min(max(math.ceil(self.seconds * least / seconds), 1), 10000)
         if self.what in ('step', 'eval'):
             self._count(kwargs, device)
+        release_memory(device)
         self.channel.send(self.facts)
         while True:
             request = self.channel.receive()
@@ -392,14 +408,13 @@ class Job:
                 profile(unit, device, request['profile'])
                 self.channel.send({})
                 continue
-            if self.what != 'memory':  # there the first step counts as well: all that a run needs
+            if self.what in ('step', 'eval'):
                 reset_peak_memory(device)
-            if device.type != 'cpu':
-                unit(1)
+                unit(1)  # memory is as it is in the middle of a run again
             images, seconds = timed(unit, number, device)
-            self.channel.send(
-                {'images': images, 'units': number, 'seconds': seconds, 'peak_memory_mib': peak_memory(device)}
-            )
+            peak = peak_memory(device)
+            release_memory(device)
+            self.channel.send({'images': images, 'units': number, 'seconds': seconds, 'peak_memory_mib': peak})
 
     def _count(self, kwargs: dict[str, Any], device: torch.device) -> None:
         """The work of an image, and the rate of the best matrix product in the same precision."""

@@ -45,8 +45,8 @@ measure() {
 }
 
 plain="--worktree $BASE --plain"
-# glibc keeps the memory of large tensors, in place of giving each back and asking for it again.
-keep='ENV:MALLOC_MMAP_MAX_=0 ENV:MALLOC_TRIM_THRESHOLD_=17179869184'
+# glibc's own default: main.py leaves an allocator alone that the environment configures.
+allocator='ENV:MALLOC_PERTURB_=0'
 tiny=(--model dhvt_tiny_cifar_patch4 --input-size 32)
 small=(--model dhvt_small_cifar_patch4 --input-size 32)
 tiny224=(--model dhvt_tiny_imagenet_patch16 --input-size 224)
@@ -60,19 +60,21 @@ if [ "$kind" = cpu ]; then
             --candidate "LABEL:'plain bfloat16' $plain --amp bf16" \
             --candidate "LABEL:'$BASE, float32' --worktree $BASE --amp off" \
             --candidate "LABEL:'$BASE, bfloat16' --worktree $BASE --amp bf16" \
-            --candidate "LABEL:float32 --amp off $keep" \
-            --candidate "LABEL:bfloat16 --amp bf16 $keep"
+            --candidate "LABEL:'float32, default allocator' --amp off $allocator" \
+            --candidate "LABEL:'bfloat16, default allocator' --amp bf16 $allocator" \
+            --candidate "LABEL:float32 --amp off" \
+            --candidate "LABEL:bfloat16 --amp bf16"
         evit='--model deit_small_patch16_shrink_base --base_keep_rate 0.7 --fuse_token --shrink_start_epoch 0'
         measure "$what-evit" "$what" --input-size 224 --batch-size 16 --augment pil --rounds "$ROUNDS" \
-            --baseline "LABEL:DeiT-S timm:deit_small_patch16_224 $keep" \
-            --candidate "LABEL:'EViT-S, keep rate 0.7' $evit $keep"
+            --baseline "LABEL:DeiT-S timm:deit_small_patch16_224" \
+            --candidate "LABEL:'EViT-S, keep rate 0.7' $evit"
     done
     measure augment augment
     measure loader loader "${tiny[@]}" --batch-size 128 "${data[@]}" --rounds "$ROUNDS" --seconds 5 "${pipelines[@]}"
     measure epoch epoch "${tiny[@]}" --batch-size 128 "${data[@]}" --rounds 1 \
         --baseline "LABEL:'$BASE, float32' --worktree $BASE --amp off" \
-        --candidate "LABEL:PIL --augment pil $keep" \
-        --candidate "LABEL:batched --augment batched $keep"
+        --candidate "LABEL:PIL --augment pil" \
+        --candidate "LABEL:batched --augment batched"
     sizes32=(32 64 128 256) sizes224=(8 16 32 64)
 else
     for model in tiny_cifar_patch4 small_cifar_patch4 tiny_cifar_patch2 small_cifar_patch2 \
