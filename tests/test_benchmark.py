@@ -20,7 +20,7 @@ import models  # noqa: F401
 from main import get_args_parser as get_flags
 from models import dhvt
 from tests.conftest import ROOT
-from tools import benchmark, benchmark_worker
+from tools import benchmark, benchmark_augment, benchmark_worker
 from tools.benchmark import Measured, Variant, make_memory_table, make_table, summarise
 from utils import UsageError
 
@@ -283,10 +283,10 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize('kind', ['cpu', 'gpu'])
-def test_the_readmes_tables(kind: str) -> None:
+def test_the_readmes_tables(kind: str, tmp_path: Path) -> None:
     done = subprocess.run(
         ['bash', str(ROOT / 'tools' / 'benchmarks.sh'), kind],
-        env={**os.environ, 'DRY_RUN': '1', 'PYTHON': sys.executable, 'BASE': 'HEAD'},
+        env={**os.environ, 'DRY_RUN': '1', 'PYTHON': sys.executable, 'BASE': 'HEAD', 'DATA': str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
@@ -298,10 +298,12 @@ def test_the_readmes_tables(kind: str) -> None:
         words = shlex.split(command)[3:]
         kinds.add(words[0])
         if words[0] == 'augment':
+            benchmark_augment.get_args_parser().parse_args(words[1:])
             continue
         args, common = benchmark.get_args_parser().parse_known_args(benchmark._joined(words))
         for text in (args.baseline, *args.candidate):
             variant = Variant.parse(text)
             if variant.revision is None:
-                get_flags().parse_args([*common, *variant.flags])
+                args = get_flags().parse_args([*common, *variant.flags])
+                assert timm.is_model(args.model)
     assert kinds == {'step', 'eval', 'augment', 'loader', 'epoch', 'memory'}

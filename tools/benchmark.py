@@ -8,7 +8,7 @@
 | loader  | epochs of the training loader alone                                                             |
 | epoch   | whole runs of main.py: the training time of the last epoch, and its part spent waiting for data |
 | memory  | peak memory of a training step, for each of --batch-sizes                                       |
-| augment | tools/benchmark_augment.py with the same further flags                                          |
+| augment | tools/benchmark_augment.py, with all that follows                                               |
 
 A variant is a text of main.py's flags. Flags that stand outside such a text count for all variants; without any the
 model is DHVT-T/4 at 32 px with batch 128. Beside main.py's flags the text may hold

@@ -3,7 +3,8 @@
 #
 # Each command is printed before it runs; what it measured is written to OUTPUT. From the environment:
 #   BASE       the commit to compare with (b1e8208, the last one before the work on speed)
-#   DATA       train/<class>/ and val/<class>/ with 32-px images (data/cifar10-jpeg); made-up images where it is absent
+#   DATA       train/<class>/ and val/<class>/ with 32-px images (data/cifar10-jpeg); where it is absent, images are made
+#              up, and augment is left out
 #   OUTPUT     output/benchmarks
 #   ROUNDS     measurements of each variant (5)
 #   PYTHON     the interpreter
@@ -69,7 +70,6 @@ if [ "$kind" = cpu ]; then
             --baseline "LABEL:DeiT-S timm:deit_small_patch16_224" \
             --candidate "LABEL:'EViT-S, keep rate 0.7' $evit"
     done
-    measure augment augment
     measure loader loader "${tiny[@]}" --batch-size 128 "${data[@]}" --rounds "$ROUNDS" --seconds 5 "${pipelines[@]}"
     measure epoch epoch "${tiny[@]}" --batch-size 128 "${data[@]}" --rounds 1 \
         --baseline "LABEL:'$BASE, float32' --worktree $BASE --amp off" \
@@ -83,27 +83,34 @@ else
         case $model in *imagenet*) own=() size=224 batch=128 ;; esac
         case $model in tiny*) deit=deit_tiny_patch16_224 ;; *) deit=deit_small_patch16_224 ;; esac
         flags=(--model "dhvt_$model" --input-size "$size" --batch-size "$batch")
-        for what in step eval; do
-            measure "$what-$model" "$what" "${flags[@]}" --augment pil --rounds "$ROUNDS" \
-                --profile "$OUTPUT/profile-$model" \
-                --baseline "LABEL:'plain float32' $plain --amp off" \
-                --candidate "LABEL:'plain bfloat16' $plain --amp bf16" \
-                --candidate "LABEL:eager --compile off" \
-                --candidate "LABEL:compiled --compile default" \
-                --candidate "LABEL:'compiled, reduce-overhead' --compile reduce-overhead" \
-                --candidate "LABEL:'compiled, max-autotune' --compile max-autotune" \
-                --candidate "LABEL:'$deit, eager' timm:$deit --input-size 224 --batch-size 128 --compile off" \
-                --candidate "LABEL:'$deit, compiled' timm:$deit --input-size 224 --batch-size 128 --compile default"
-        done
+        measure "step-$model" step "${flags[@]}" --augment pil --rounds "$ROUNDS" --profile "$OUTPUT/profile-$model" \
+            --baseline "LABEL:'plain float32' $plain --amp off" \
+            --candidate "LABEL:'plain bfloat16' $plain --amp bf16" \
+            --candidate "LABEL:eager --compile off" \
+            --candidate "LABEL:compiled --compile default" \
+            --candidate "LABEL:'compiled, reduce-overhead' --compile reduce-overhead" \
+            --candidate "LABEL:'compiled, max-autotune' --compile max-autotune" \
+            --candidate "LABEL:'$deit, eager' timm:$deit --input-size 224 --batch-size 128 --compile off" \
+            --candidate "LABEL:'$deit, compiled' timm:$deit --input-size 224 --batch-size 128 --compile default"
+        measure "eval-$model" eval "${flags[@]}" --rounds "$ROUNDS" --profile "$OUTPUT/profile-$model" \
+            --baseline "LABEL:'plain float32' $plain --amp off" \
+            --candidate "LABEL:'plain bfloat16' $plain --amp bf16" \
+            --candidate "LABEL:float32 --amp off --no-tf32" \
+            --candidate "LABEL:bfloat16 --amp bf16" \
+            --candidate "LABEL:'$deit, bfloat16' timm:$deit --input-size 224 --batch-size 128 --amp bf16"
         measure "epoch-$model" epoch "${flags[@]}" "${own[@]}" --epochs 2 --images 16384 --rounds 3 \
             --baseline "LABEL:'$BASE' --worktree $BASE" \
             --candidate "LABEL:'eager, PIL' --compile off --augment pil" \
             --candidate "LABEL:'eager, batched' --compile off --augment batched" \
             --candidate "LABEL:'compiled, batched' --compile default --augment batched"
     done
-    measure augment augment
     measure loader loader "${tiny[@]}" --batch-size 256 "${data[@]}" --rounds "$ROUNDS" "${pipelines[@]}"
     sizes32=(128 256 512 1024) sizes224=(32 64 128 256)
+fi
+
+if [ -d "$DATA" ]; then
+    measure augment-32 augment "$DATA" --input-size 32 --batch-size 256
+    measure augment-224 augment "$DATA" --input-size 224 --batch-size 64
 fi
 
 for precision in off bf16; do
