@@ -3,8 +3,8 @@
 #
 # Each command is printed before it runs; what it measured is written to OUTPUT. From the environment:
 #   BASE       the commit to compare with (b1e8208, the last one before the work on speed)
-#   DATA       train/<class>/ and val/<class>/ with 32-px images (data/cifar10-jpeg); where it is absent, images are made
-#              up, and augment is left out
+#   DATA       train/<class>/ and val/<class>/ with 32-px images (data/cifar10-jpeg); where it is absent, other
+#              measurements take made-up images, and augment is left out
 #   OUTPUT     output/benchmarks
 #   ROUNDS     measurements of each variant (5)
 #   PYTHON     the interpreter
