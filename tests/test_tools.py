@@ -14,7 +14,7 @@ import models  # noqa: F401
 from main import main as train
 from tests.conftest import PLAIN
 from tests.test_deit_evit import EVIT
-from tools import benchmark, benchmark_data, visualize
+from tools import benchmark_data, visualize
 from tools.visualize import DROPPED, FUSED, KEPT, find_states
 
 
@@ -64,17 +64,6 @@ def test_evit_mask(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
             visualize.main(['evit-mask', *argv, '--out', str(out)])
         err = capsys.readouterr().err
         assert stop.value.code == code and err.count('\n') == 1 and message in err, err
-
-
-def test_benchmark_of_models(capsys: pytest.CaptureFixture) -> None:
-    names = ['deit_tiny_cifar_patch4:depth=1', 'dhvt_tiny_cifar_patch4:depth=1']
-    benchmark.main([*names, '--input-size', '32', '--batch-size', '2', '--rounds', '2', '--device', 'cpu'])
-    rows = [line for line in capsys.readouterr().out.splitlines() if 'depth=1' in line]
-    assert len(rows) == 4 and all(line.endswith('| 1.00 |') for line in rows[::2])
-    for argv in (['nothing'], ['resnet18:depth'], ['dhvt_tiny_cifar_patch4:depth=0']):
-        with pytest.raises(SystemExit) as stop:
-            benchmark.main([*argv, '--device', 'cpu'])
-        assert stop.value.code == 2 and capsys.readouterr().err.count('\n') == 1
 
 
 def test_benchmark_of_data(make_folder, capsys: pytest.CaptureFixture) -> None:  # type: ignore[no-untyped-def]
