@@ -38,12 +38,9 @@ class TimedLoader(DataLoader):
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
-        patience = self.timeout + 2  # PyTorch's own message says more, where it comes
+        patience = self.timeout + 2 if self.timeout else 0  # PyTorch's own limit goes first, where it works
         while True:
-            with deadline(
-                patience if self.timeout else 0,
-                lambda: RuntimeError(f'DataLoader timed out after {patience:g} seconds'),
-            ):
+            with deadline(patience, lambda: RuntimeError(f'DataLoader timed out after {patience:g} seconds')):
                 batch = next(iterator, None)
             if batch is None:
                 return
