@@ -201,7 +201,7 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
 
     group.add_argument('--augment', default='auto', choices=('auto', 'pil', 'batched'), help='images one by one in '
-                       'PIL, or whole batches on the device, which auto takes where it knows the policy')  # fmt: skip
+                       'PIL, or whole batches on the device; auto takes what is faster')  # fmt: skip
     group.add_argument('--augment-exact', action='store_true', help="batched: timm's pixels to the bit, more slowly")
 
     group = parser.add_argument_group('data')

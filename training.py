@@ -20,7 +20,7 @@ from loaders import TrainLoader
 from models.evit import KeepRateSchedule
 from output import OutputFolder
 from resume import Parts, Progress, compare, load_state, to_state
-from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log
+from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log, num_compiled_graphs
 
 MOST_REWINDS = 10  # in an epoch
 
@@ -85,6 +85,7 @@ class Run:
         self.interrupts = interrupts
         self.progress = Progress()
         self.num_parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+        self._trained_epochs = 0  # by this process
         self._rewound = 0  # since the last whole epoch
         self._steps_since_save, self._saved_at = 0, time.monotonic()
 
@@ -238,7 +239,8 @@ class Run:
             log(f'Note: the last {self.batches.unplaced} samples of the epoch are too few for all processes')
         progress.num_draws = self.batches.length
         steps = progress.batch + len(self.batches)
-        return train_one_epoch(
+        compiled = num_compiled_graphs()
+        stats = train_one_epoch(
             model=self.trained,
             loader=self.loader,
             optimizer=parts.optimizer,
@@ -251,6 +253,11 @@ class Run:
             after_step=self._after_step,
             **self.epoch_options,
         )
+        more = num_compiled_graphs() - compiled
+        if self._trained_epochs and more:
+            log(f'Warning: {more} further graphs were compiled in this epoch, which took time: --compile off')
+        self._trained_epochs += 1
+        return stats
 
     def _test(self, model: nn.Module, header: str, prefix: str) -> dict[str, float]:
         """A model's results for the log, unless a signal comes."""

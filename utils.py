@@ -451,6 +451,12 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def num_compiled_graphs() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    counters = getattr(sys.modules.get('torch._dynamo.utils'), 'counters', None)  # not loaded where nothing is compiled
+    return int(counters['stats']['unique_graphs']) if counters is not None else 0
+
+
 def amp_name(amp_dtype: torch.dtype | None) -> str:
     """'float32', 'bfloat16' or 'float16', for people."""
     return 'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.')

@@ -1,0 +1,214 @@
+"""What makes a step fast, and must not change what it computes: loaders, the moving average, --compile and the rest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import checkpoint as ckpt
+import models  # noqa: F401
+from datasets import Augmentation, load_digits
+from ema import MovingAverage
+from loaders import CachedEvaluation, CachedTraining, build_loaders
+from main import get_args_parser, main, parse_args
+from samplers import EvalSampler, TrainBatches
+from tests.conftest import PLAIN, SMALL_MODEL
+from utils import UsageError, num_compiled_graphs
+
+CPU = torch.device('cpu')
+MakeFolder = Callable[..., Path]
+DIGITS = [*SMALL_MODEL, '--data-set', 'DIGITS', '--device', 'cpu', '--no-report']
+SETTINGS: dict[str, Any] = {
+    'no_aug': False, 'hflip': 0.5, 'color_jitter': 0.4, 'auto_augment': 'rand-m9-mstd0.5-inc1',
+    'interpolation': 'bicubic', 're_prob': 0.25, 're_mode': 'pixel', 're_count': 1, 'resplit': False,
+}  # fmt: skip
+
+
+def settings(**changes: Any) -> Augmentation:
+    return Augmentation(**{'input_size': 16, **SETTINGS, **changes})
+
+
+def loaders(augmentation: Augmentation, **kwargs: Any) -> tuple[Any, Any, str]:
+    train = load_digits(train=True, transform=augmentation.transform(train=True))
+    val = load_digits(train=False, transform=augmentation.transform(train=False))
+    batches = TrainBatches(len(train), batch_size=64)
+    options = {'seed': 0, 'device': CPU, 'workers': 0, **kwargs}
+    return build_loaders(
+        train, val, batches=batches, shard=EvalSampler(val), eval_batch_size=96, augmentation=augmentation, **options
+    )
+
+
+def batches_of(loader: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(images.clone(), targets.clone()) for images, targets in loader]
+
+
+def same(one: list, other: list) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other, strict=True)
+    )
+
+
+def test_without_augmentation_all_loaders_give_the_same_batches() -> None:
+    plain = settings(no_aug=True)
+    expected, expected_val, kind = loaders(plain, augment='pil', cache_gib=0)
+    assert kind == 'pil' and isinstance(expected, torch.utils.data.DataLoader)
+    for options in ({}, {'cache_gib': 0}, {'cache_gib': 0, 'workers': 2}):
+        found, found_val, kind = loaders(plain, **options)
+        assert kind == 'batched' and isinstance(found, CachedTraining) == (not options)
+        assert isinstance(found_val, CachedEvaluation) == (not options)
+        assert same(batches_of(found), batches_of(expected)) and same(batches_of(found_val), batches_of(expected_val))
+
+
+def test_augmented_batches_are_the_same_from_the_cache_and_from_loader_processes() -> None:
+    cached, *_ = loaders(settings())
+    for workers in (0, 2):
+        found, *_ = loaders(settings(), cache_gib=0, workers=workers)
+        assert not isinstance(found, CachedTraining)
+        assert same(batches_of(found), batches_of(cached))
+    before = batches_of(cached)
+    cached.batch_sampler.start(1)
+    assert not torch.equal(batches_of(cached)[0][0], before[0][0])
+
+
+def test_a_cache_takes_what_fits() -> None:
+    """1,437 training and 360 test images of 3 x 16 x 16 bytes: 1.05 and 0.26 MiB."""
+    for mib, kinds in ((1.4, (True, True)), (1.2, (True, False)), (0.3, (False, True)), (0.2, (False, False))):
+        train, val, _ = loaders(settings(), cache_gib=mib / 1024)
+        assert (isinstance(train, CachedTraining), isinstance(val, CachedEvaluation)) == kinds
+
+
+def test_policies_that_are_not_covered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert loaders(settings(auto_augment='augmix-m3'))[2] == 'pil'
+    assert 'augmentation runs in PIL' in capsys.readouterr().out
+    with pytest.raises(UsageError, match='augmix'):
+        loaders(settings(auto_augment='augmix-m3'), augment='batched')
+
+
+def test_large_images_are_cropped_in_the_loader(make_folder: MakeFolder) -> None:
+    """Above 32 px each draw has its own crop: equal for equal draws, whatever the number of loader processes."""
+    from datasets import build_datasets
+
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, size=60)
+    found = []
+    for workers in (0, 1):
+        augmentation = settings(input_size=48)
+        splits = build_datasets('FOLDER', str(root), val_transform=augmentation.transform(train=False))
+        assert splits.train is not None
+        loader, _, kind = build_loaders(
+            splits.train, splits.val, batches=TrainBatches(16, batch_size=8, repeated=True),
+            shard=EvalSampler(splits.val), eval_batch_size=8, augmentation=augmentation, seed=1, device=CPU,
+            workers=workers, augment='batched'
+        )  # fmt: skip
+        assert kind == 'batched' and not isinstance(loader, CachedTraining)
+        found.append(batches_of(loader))
+    assert found[0][0][0].shape == (8, 3, 48, 48) and same(*found)
+
+
+def test_moving_average_is_timms() -> None:
+    model: nn.Module = timm.create_model('dhvt_tiny_cifar_patch4', embed_dim=32, depth=1, num_heads=2)
+    one, other = ModelEmaV3(model, decay=0.9), MovingAverage(model, decay=0.9)
+    for step in range(3):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(step + 1)
+        one.update(model)
+        other.update(model)
+        if step == 1:  # as a resume does
+            other.module.load_state_dict(copy.deepcopy(other.module.state_dict()))
+    for name, value in one.module.state_dict().items():
+        assert torch.equal(value, other.module.state_dict()[name]), name
+
+
+def final(folder: Path) -> dict[str, Any]:
+    return ckpt.load(str(folder / 'checkpoint.pth'))
+
+
+def weights_differ(one: dict[str, Any], other: dict[str, Any], part: str = 'model') -> float:
+    return max((one[part][key].double() - other[part][key].double()).abs().max().item() for key in one[part])
+
+
+def test_grad_checkpointing_and_memory_formats_change_nothing_but_rounding(tmp_path: Path) -> None:
+    flags = [*DIGITS, *PLAIN, '--epochs', '1', '--batch-size', '256', '--opt', 'sgd', '--lr', '0.1']
+    ends = {}
+    for name, more in (('usual', []), ('again', ['--grad-checkpointing']), ('first', ['--no-channels-last'])):
+        main([*flags, *more, '--output_dir', str(tmp_path / name)])
+        ends[name] = final(tmp_path / name)
+    assert weights_differ(ends['usual'], ends['again']) < 1e-5 and weights_differ(ends['usual'], ends['first']) < 1e-4
+    start = timm.create_model('dhvt_tiny_cifar_patch4', embed_dim=32, depth=2, num_heads=2, num_classes=10, img_size=16)
+    assert ends['again']['model'].keys() == start.state_dict().keys()
+
+
+def test_compiled_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With mixing, drop path, an average and a resume: plain keys, nothing compiled after the first epoch, and to
+    the same end as without."""
+    flags = ['--epochs', '2', '--batch-size', '256', '--opt', 'sgd', '--lr', '0.1', '--drop-path', '0', '--amp', 'off']
+    flags = [*DIGITS, '--input-size', '16', '--model-ema-decay', '0.9', '--warmup-epochs', '0', *flags]
+    before = num_compiled_graphs()
+    main([*flags, '--compile', 'default', '--output_dir', str(tmp_path / 'compiled')])
+    assert num_compiled_graphs() > before and 'further graphs' not in capsys.readouterr().out
+    main([*flags, '--output_dir', str(tmp_path / 'eager')])
+    one, other = final(tmp_path / 'compiled'), final(tmp_path / 'eager')
+    assert one['model'].keys() == other['model'].keys()
+    assert weights_differ(one, other) < 1e-3 and weights_differ(one, other, 'model_ema') < 1e-3
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--augment', 'pil', '--augment-exact'], '--augment-exact is for batched'),
+        (['--compile', 'default', '--model', 'deit_small_patch16_shrink_base'], 'EViT has another number of tokens'),
+        (['--model', 'resnet10t', '--grad-checkpointing', '--compile', 'fast'], 'invalid choice'),
+    ],
+)
+def test_impossible_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_step_flags_have_the_published_defaults() -> None:
+    args = parse_args([])
+    assert (args.compile, args.augment, args.grad_checkpointing, args.channels_last) == ('off', 'auto', False, None)
+    assert set(vars(get_args_parser().parse_args(['--augment_exact']))) >= {'cache_gib', 'tf32'}
+
+
+def test_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import utils
+
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        @staticmethod
+        def mallopt(option: int, value: int) -> int:
+            calls.append((option, value))
+            return 1
+
+    monkeypatch.setattr(utils.ctypes, 'CDLL', lambda name: Library)
+    for name in [
+        name for name in utils.os.environ if name.startswith('MALLOC_') or name in ('GLIBC_TUNABLES', 'LD_PRELOAD')
+    ]:
+        monkeypatch.delenv(name)
+    utils.keep_freed_memory()
+    assert (-4, 0) in calls and len(calls) == 2
+    monkeypatch.setenv('MALLOC_ARENA_MAX', '2')
+    utils.keep_freed_memory()
+    assert len(calls) == 2
+
+
+def test_digits_pixels_on_the_device() -> None:
+    """What the cache gives is what the transform of evaluation gives, to the bit."""
+    augmentation = settings()
+    _, val, _ = loaders(augmentation)
+    images = torch.cat([images for images, _ in val])
+    expected = load_digits(train=False, transform=augmentation.transform(train=False))
+    assert np.array_equal(images.numpy(), torch.stack([expected[i][0] for i in range(len(expected))]).numpy())
