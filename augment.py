@@ -303,7 +303,6 @@ def make_step(kind: str, index: np.ndarray, argument: np.ndarray, size: Size, *,
         cubic: bicubic or bilinear, where the op interpolates.
     """
     column = argument[:, None]
-    none = np.zeros_like(argument)
     table: np.ndarray | None = None
     if kind == 'invert':
         table = np.broadcast_to(255 - _RAMP, (len(index), 256))
@@ -319,10 +318,10 @@ def make_step(kind: str, index: np.ndarray, argument: np.ndarray, size: Size, *,
     elif kind == 'rotate':
         return Step('affine', index, _rotation(argument, size), cubic)
     elif kind in ('shear_x', 'shear_y'):
-        return Step(f'shift_{kind[-1]}', index, np.stack((argument, none), axis=1), cubic)
+        return Step(f'shift_{kind[-1]}', index, np.stack((argument, 0 * argument), axis=1), cubic)
     elif kind in ('translate_x_rel', 'translate_y_rel'):
         pixels = argument * (size[1] if kind == 'translate_x_rel' else size[0])
-        return Step(f'shift_{kind[10]}', index, np.stack((none, pixels), axis=1), cubic)
+        return Step(f'shift_{kind[10]}', index, np.stack((0 * pixels, pixels), axis=1), cubic)
     elif kind == 'desaturate':
         return Step('color', index, np.clip(1.0 - column, 0.0, 1.0))
     elif kind == 'gaussian_blur':
