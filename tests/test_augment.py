@@ -350,6 +350,28 @@ def test_ops_are_as_frequent_and_as_strong_as_timms(
             assert abs(moment[0].mean() - moment[1].mean()) < 4.5 * error + 1e-12, kind
 
 
+def test_levels_signs_and_interpolation_are_drawn_as_defined() -> None:
+    samples = 100_000
+    made = make_augment(auto_augment=DEFAULT, interpolation='random')
+    plan = made.plan(make_draws(samples).numpy(), (32, 32))
+    assert plan.ops.shape == plan.levels.shape == (2, samples)
+    error = 4.5 * math.sqrt(0.25 / samples)
+    for ops, levels in zip(plan.ops, plan.levels, strict=True):
+        for level, share in ((8.0, 0.0228), (8.5, 0.1587), (9.0, 0.5), (9.5, 0.8413), (9.999, 0.9772)):
+            assert abs((levels < level).mean() - share) < error
+        assert levels.max() == 10
+        assert abs((ops == -1).mean() - 0.5) < error
+        counts = np.bincount(ops[ops >= 0], minlength=15)
+        assert ((counts - samples / 30) ** 2 / (samples / 30)).sum() < 50  # 14 degrees of freedom and the total's
+    both = np.corrcoef(plan.levels)[0, 1], np.corrcoef(plan.ops == -1)[0, 1]
+    assert np.abs(both).max() < 4.5 / math.sqrt(samples)
+    shifts = [step for steps in plan.steps for step in steps if step.kind.startswith('shift')]
+    positive = np.concatenate([step.values.sum(1) > 0 for step in shifts])
+    cubic = np.concatenate([np.full(len(step.index), step.cubic) for step in shifts])
+    for found in (positive, cubic, positive == cubic):
+        assert abs(found.mean() - 0.5) < 4.5 * math.sqrt(0.25 / len(found))
+
+
 def test_colour_jitter_draws_factors_and_orders_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = 6000
     made = make_augment(auto_augment=None, color_jitter=0.3)
@@ -535,6 +557,27 @@ def test_erased_boxes_are_as_many_and_as_large_as_timms(size: tuple[int, int], c
     for pair in (shares, heights, tops, lefts, [share**2 for share in shares]):
         error = math.sqrt(sum(float(values.var()) / samples for values in pair))
         assert abs(float(pair[0].mean() - pair[1].mean())) < 4.5 * error
+
+
+def test_boxes_are_drawn_as_defined() -> None:
+    keys = augment.sample_keys(1, make_draws(30_000).numpy())
+    side = 1000  # large enough that rounding does not count
+    boxes = augment.plan_erasing(keys, (side, side), prob=1.0, mode='const', count=1).boxes.astype(float)
+    assert len(boxes) == len(keys)
+    _, top, left, height, width = boxes.T
+    area, aspect = height * width / side**2, np.log(height / width)
+    assert 0.0195 < area.min() < 0.021 and 0.332 < area.max() < 0.3345
+    small = area < 0.2  # fit whatever their aspect, so that none is drawn again
+    assert abs(area[small].mean() - 0.11) < 4.5 * 0.18 / math.sqrt(12 * small.sum())
+    limit = math.log(1 / 0.3)
+    assert abs(aspect[small].mean()) < 4.5 * limit / math.sqrt(3 * small.sum())
+    assert abs(np.abs(aspect[small]).mean() - limit / 2) < 4.5 * limit / math.sqrt(12 * small.sum())
+    for corner, length in ((top, height), (left, width)):
+        place = (corner + 0.5) / (side - length + 1)
+        assert abs(place.mean() - 0.5) < 4.5 / math.sqrt(12 * len(place))
+        assert np.histogram(place, 10, (0, 1))[0].max() < 3000 + 5 * math.sqrt(3000)
+    tight = augment.plan_erasing(keys[:3000], (4, 4), prob=1.0, mode='const', count=1).boxes
+    assert (tight[:, 1] + tight[:, 3]).max() == 4 and (tight[:, 2] + tight[:, 4]).max() == 4
 
 
 def erased_pixels(made: BatchedAugment, count: int = 400) -> torch.Tensor:
