@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augment
 from augment import OPS, BatchedAugment, BatchedMixup, Purpose
 from datasets import build_transform
+from tools import benchmark_augment
 from utils import UsageError, seed_all
 
 FILL = (124, 116, 104)
@@ -531,6 +533,34 @@ def test_nothing_waits_for_the_device(patches: np.ndarray) -> None:
         assert not set(watch.names) & set(Watch.waits)
 
 
+@pytest.mark.parametrize('crop', ['pad', 'none'])
+def test_all_tensors_lie_on_the_device_of_the_images(crop: str, patches: np.ndarray) -> None:
+    for changes in ({'re_count': 2, 'exact': True}, {'re_mode': 'rand'}, {'auto_augment': 'rand-m9-n4-t3aw'}):
+        made = make_augment(crop=crop, re_prob=1.0, interpolation='random', **changes)
+        # A meta tensor has no values: it refuses tensors from elsewhere, and to be read.
+        out = made(to_tensor(patches[:200]).to('meta'), make_draws(200))
+        assert out.device.type == 'meta' and out.shape == (200, 3, 32, 32)
+        for mode in ('elem', 'pair', 'batch'):
+            mixup = BatchedMixup(cutmix_alpha=1.0, mode=mode, num_classes=10)
+            assert mixup(out, torch.zeros(200, dtype=torch.int64, device='meta'))[0].device.type == 'meta'
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('exact', [True, False])
+def test_a_gpu_makes_the_same_without_a_wait(exact: bool, patches: np.ndarray) -> None:
+    made = make_augment(exact=exact, interpolation='random', re_count=2)
+    images, draws = to_tensor(patches[:128]), make_draws(128)
+    expected, on_gpu = made(images, draws), images.cuda()
+    made(on_gpu, draws)  # sends constants
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        found = made(on_gpu, draws)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    close = torch.isclose(found.cpu(), expected, rtol=1e-4, atol=1e-4)  # noise differs in the last place
+    assert close.all() if exact else close.float().mean() > 0.999
+
+
 # Random erasing
 
 
@@ -631,6 +661,24 @@ def test_resplit_erases_the_second_half(patches: np.ndarray) -> None:
     assert torch.equal(half[:20], plain[:20])
     assert torch.equal(half[20:], erased[20:])
     assert (erased != plain).flatten(1).any(1).all()
+
+
+# The benchmark
+
+
+def test_benchmark_compares_ops_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, patch in enumerate(cut_patches(6, 32, 32)):
+        Image.fromarray(patch).save(tmp_path / f'{number}.png')
+    benchmark_augment.main([str(tmp_path), '--images', '5', '--batch-size', '6', '--rounds', '1'])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(tuple(f'| {name}' for name in OPS))]
+    assert len(rows) == len(CASES)
+    assert all(row.split('|')[2:5] == [' 5 ', ' 0 ', ' 0.00000 '] for row in rows)
+    assert [line.split(' |')[0] for line in lines[-3:]] == ['| timm, PIL', '| batched, exact', '| batched, float32']
+    with pytest.raises(SystemExit) as caught:
+        benchmark_augment.main([str(tmp_path)])
+    assert caught.value.code == 1
+    assert 'has 6 images, not 2000' in capsys.readouterr().err
 
 
 # Mixup
