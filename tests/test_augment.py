@@ -537,7 +537,7 @@ def test_nothing_waits_for_the_device(patches: np.ndarray) -> None:
 def test_all_tensors_lie_on_the_device_of_the_images(crop: str, patches: np.ndarray) -> None:
     for changes in ({'re_count': 2, 'exact': True}, {'re_mode': 'rand'}, {'auto_augment': 'rand-m9-n4-t3aw'}):
         made = make_augment(crop=crop, re_prob=1.0, interpolation='random', **changes)
-        # A meta tensor has no values: it refuses tensors from elsewhere, and to be read.
+        # A meta tensor has no values: it refuses to be read, and most ops with tensors from elsewhere.
         out = made(to_tensor(patches[:200]).to('meta'), make_draws(200))
         assert out.device.type == 'meta' and out.shape == (200, 3, 32, 32)
         for mode in ('elem', 'pair', 'batch'):
