@@ -303,7 +303,6 @@ def make_step(kind: str, index: np.ndarray, argument: np.ndarray, size: Size, *,
         cubic: bicubic or bilinear, where the op interpolates.
     """
     column = argument[:, None]
-    none = np.zeros_like(argument)
     table: np.ndarray | None = None
     if kind == 'invert':
         table = np.broadcast_to(255 - _RAMP, (len(index), 256))
@@ -319,10 +318,10 @@ def make_step(kind: str, index: np.ndarray, argument: np.ndarray, size: Size, *,
     elif kind == 'rotate':
         return Step('affine', index, _rotation(argument, size), cubic)
     elif kind in ('shear_x', 'shear_y'):
-        return Step(f'shift_{kind[-1]}', index, np.stack((argument, none), axis=1), cubic)
+        return Step(f'shift_{kind[-1]}', index, np.stack((argument, 0 * argument), axis=1), cubic)
     elif kind in ('translate_x_rel', 'translate_y_rel'):
         pixels = argument * (size[1] if kind == 'translate_x_rel' else size[0])
-        return Step(f'shift_{kind[10]}', index, np.stack((none, pixels), axis=1), cubic)
+        return Step(f'shift_{kind[10]}', index, np.stack((0 * pixels, pixels), axis=1), cubic)
     elif kind == 'desaturate':
         return Step('color', index, np.clip(1.0 - column, 0.0, 1.0))
     elif kind == 'gaussian_blur':
@@ -381,8 +380,7 @@ def plan_erasing(keys: np.ndarray, size: Size, *, prob: float, mode: str, count:
     top = np.floor(numbers[:, :, 20] * (height - box_height + 1))
     left = np.floor(numbers[:, :, 21] * (width - box_width + 1))
     valid = fits.any(axis=2) & (np.arange(count) < chosen[:, None]) & (box_height > 0) & (box_width > 0)
-    # transposed, so that the boxes come by rounds
-    rounds, rows = np.nonzero(valid.T)
+    rounds, rows = np.nonzero(valid.T)  # in the order of rounds
     boxes = np.stack((samples[rows], *(a[rows, rounds] for a in (top, left, box_height, box_width))), axis=1)
     noise_keys = hashes(keys[samples], Purpose.ERASE_NOISE, count)[rows, rounds].view(np.int64)
     colours = np.zeros((len(rows), 3))
@@ -402,19 +400,17 @@ def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 
     All of one type travel in one copy from pinned memory, which the host does not wait for.
     """
-    real = _real(device)
-    types = [torch.uint8 if a.dtype == np.uint8 else torch.int64 if a.dtype.kind in 'iu' else real for a in arrays]
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)).to(kind) for a, kind in zip(arrays, types, strict=True)]
-    if device.type == 'cpu':
-        return tensors
+    groups: dict[torch.dtype, list[int]] = {}
+    for number, array in enumerate(arrays):
+        whole = torch.uint8 if array.dtype == np.uint8 else torch.int64
+        groups.setdefault(whole if array.dtype.kind in 'iu' else _real(device), []).append(number)
     found: dict[int, Tensor] = {}
-    for kind in set(types):
-        members = [number for number, each in enumerate(types) if each == kind]
-        joined = torch.cat([tensors[number].reshape(-1) for number in members])
+    for kind, members in groups.items():
+        joined = torch.from_numpy(np.concatenate([arrays[number].reshape(-1) for number in members])).to(kind)
         if device.type == 'cuda':
             joined = joined.pin_memory()
-        parts = joined.to(device, non_blocking=True).split([tensors[number].numel() for number in members])
-        found.update({number: part.view(tensors[number].shape) for number, part in zip(members, parts, strict=True)})
+        parts = joined.to(device, non_blocking=True).split([arrays[number].size for number in members])
+        found.update({number: part.view(arrays[number].shape) for number, part in zip(members, parts, strict=True)})
     return [found[number] for number in range(len(arrays))]
 
 

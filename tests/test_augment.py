@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augment
 from augment import OPS, BatchedAugment, BatchedMixup, Purpose
 from datasets import build_transform
+from tools import benchmark_augment
 from utils import UsageError, seed_all
 
 FILL = (124, 116, 104)
@@ -350,6 +352,28 @@ def test_ops_are_as_frequent_and_as_strong_as_timms(
             assert abs(moment[0].mean() - moment[1].mean()) < 4.5 * error + 1e-12, kind
 
 
+def test_levels_signs_and_interpolation_are_drawn_as_defined() -> None:
+    samples = 100_000
+    made = make_augment(auto_augment=DEFAULT, interpolation='random')
+    plan = made.plan(make_draws(samples).numpy(), (32, 32))
+    assert plan.ops.shape == plan.levels.shape == (2, samples)
+    error = 4.5 * math.sqrt(0.25 / samples)
+    for ops, levels in zip(plan.ops, plan.levels, strict=True):
+        for level, share in ((8.0, 0.0228), (8.5, 0.1587), (9.0, 0.5), (9.5, 0.8413), (9.999, 0.9772)):
+            assert abs((levels < level).mean() - share) < error
+        assert levels.max() == 10
+        assert abs((ops == -1).mean() - 0.5) < error
+        counts = np.bincount(ops[ops >= 0], minlength=15)
+        assert ((counts - samples / 30) ** 2 / (samples / 30)).sum() < 50  # 14 degrees of freedom and the total's
+    both = np.corrcoef(plan.levels)[0, 1], np.corrcoef(plan.ops == -1)[0, 1]
+    assert np.abs(both).max() < 4.5 / math.sqrt(samples)
+    shifts = [step for steps in plan.steps for step in steps if step.kind.startswith('shift')]
+    positive = np.concatenate([step.values.sum(1) > 0 for step in shifts])
+    cubic = np.concatenate([np.full(len(step.index), step.cubic) for step in shifts])
+    for found in (positive, cubic, positive == cubic):
+        assert abs(found.mean() - 0.5) < 4.5 * math.sqrt(0.25 / len(found))
+
+
 def test_colour_jitter_draws_factors_and_orders_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = 6000
     made = make_augment(auto_augment=None, color_jitter=0.3)
@@ -509,6 +533,34 @@ def test_nothing_waits_for_the_device(patches: np.ndarray) -> None:
         assert not set(watch.names) & set(Watch.waits)
 
 
+@pytest.mark.parametrize('crop', ['pad', 'none'])
+def test_all_tensors_lie_on_the_device_of_the_images(crop: str, patches: np.ndarray) -> None:
+    for changes in ({'re_count': 2, 'exact': True}, {'re_mode': 'rand'}, {'auto_augment': 'rand-m9-n4-t3aw'}):
+        made = make_augment(crop=crop, re_prob=1.0, interpolation='random', **changes)
+        # A meta tensor has no values: it refuses to be read, and most ops with tensors from elsewhere.
+        out = made(to_tensor(patches[:200]).to('meta'), make_draws(200))
+        assert out.device.type == 'meta' and out.shape == (200, 3, 32, 32)
+        for mode in ('elem', 'pair', 'batch'):
+            mixup = BatchedMixup(cutmix_alpha=1.0, mode=mode, num_classes=10)
+            assert mixup(out, torch.zeros(200, dtype=torch.int64, device='meta'))[0].device.type == 'meta'
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('exact', [True, False])
+def test_a_gpu_makes_the_same_without_a_wait(exact: bool, patches: np.ndarray) -> None:
+    made = make_augment(exact=exact, interpolation='random', re_count=2)
+    images, draws = to_tensor(patches[:128]), make_draws(128)
+    expected, on_gpu = made(images, draws), images.cuda()
+    made(on_gpu, draws)  # sends constants
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        found = made(on_gpu, draws)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    close = torch.isclose(found.cpu(), expected, rtol=1e-4, atol=1e-4)  # noise differs in the last place
+    assert close.all() if exact else close.float().mean() > 0.999
+
+
 # Random erasing
 
 
@@ -535,6 +587,27 @@ def test_erased_boxes_are_as_many_and_as_large_as_timms(size: tuple[int, int], c
     for pair in (shares, heights, tops, lefts, [share**2 for share in shares]):
         error = math.sqrt(sum(float(values.var()) / samples for values in pair))
         assert abs(float(pair[0].mean() - pair[1].mean())) < 4.5 * error
+
+
+def test_boxes_are_drawn_as_defined() -> None:
+    keys = augment.sample_keys(1, make_draws(30_000).numpy())
+    side = 1000  # large enough that rounding does not count
+    boxes = augment.plan_erasing(keys, (side, side), prob=1.0, mode='const', count=1).boxes.astype(float)
+    assert len(boxes) == len(keys)
+    _, top, left, height, width = boxes.T
+    area, aspect = height * width / side**2, np.log(height / width)
+    assert 0.0195 < area.min() < 0.021 and 0.332 < area.max() < 0.3345
+    small = area < 0.2  # fit whatever their aspect, so that none is drawn again
+    assert abs(area[small].mean() - 0.11) < 4.5 * 0.18 / math.sqrt(12 * small.sum())
+    limit = math.log(1 / 0.3)
+    assert abs(aspect[small].mean()) < 4.5 * limit / math.sqrt(3 * small.sum())
+    assert abs(np.abs(aspect[small]).mean() - limit / 2) < 4.5 * limit / math.sqrt(12 * small.sum())
+    for corner, length in ((top, height), (left, width)):
+        place = (corner + 0.5) / (side - length + 1)
+        assert abs(place.mean() - 0.5) < 4.5 / math.sqrt(12 * len(place))
+        assert np.histogram(place, 10, (0, 1))[0].max() < 3000 + 5 * math.sqrt(3000)
+    tight = augment.plan_erasing(keys[:3000], (4, 4), prob=1.0, mode='const', count=1).boxes
+    assert (tight[:, 1] + tight[:, 3]).max() == 4 and (tight[:, 2] + tight[:, 4]).max() == 4
 
 
 def erased_pixels(made: BatchedAugment, count: int = 400) -> torch.Tensor:
@@ -588,6 +661,24 @@ def test_resplit_erases_the_second_half(patches: np.ndarray) -> None:
     assert torch.equal(half[:20], plain[:20])
     assert torch.equal(half[20:], erased[20:])
     assert (erased != plain).flatten(1).any(1).all()
+
+
+# The benchmark
+
+
+def test_benchmark_compares_ops_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, patch in enumerate(cut_patches(6, 32, 32)):
+        Image.fromarray(patch).save(tmp_path / f'{number}.png')
+    benchmark_augment.main([str(tmp_path), '--images', '5', '--batch-size', '6', '--rounds', '1'])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(tuple(f'| {name}' for name in OPS))]
+    assert len(rows) == len(CASES)
+    assert all(row.split('|')[2:5] == [' 5 ', ' 0 ', ' 0.00000 '] for row in rows)
+    assert [line.split(' |')[0] for line in lines[-3:]] == ['| timm, PIL', '| batched, exact', '| batched, float32']
+    with pytest.raises(SystemExit) as caught:
+        benchmark_augment.main([str(tmp_path)])
+    assert caught.value.code == 1
+    assert 'has 6 images, not 2000' in capsys.readouterr().err
 
 
 # Mixup
