@@ -58,7 +58,6 @@ from utils import (
     InputError,
     Process,
     Progress,
-    UsageError,
     default_device,
     find_amp_dtype,
     find_device,
@@ -205,10 +204,8 @@ def predict(
             flags += [] if value is None else [f'{flag}={value}']
         args = recall(flags, path)
         names = ckpt.class_names(state, path)
-    except UsageError:
-        raise
     except InputError as err:
-        raise InputError(f'{err}; {hint}') from None
+        raise InputError(f'{one_line(err)}; {hint}') from None
     process = Process()
     chosen = find_device(args.device or default_device(process), process=process)
     cifar = {'CIFAR': CIFAR100, 'CIFAR10': CIFAR10}.get(args.data_set)
