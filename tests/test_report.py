@@ -176,7 +176,7 @@ def test_page_and_figures_are_the_logs(tmp_path: Path, drawn: dict[str, Figure])
     assert {(tmp_path / 'run/report_figures' / f'{name}.png').read_bytes() for name in files} == {*page.bytes.values()}
 
 
-@pytest.mark.parametrize(('planned', 'done'), [(300, 0), (1, 1), (300, 1), (300, 37), (300, 300)])
+@pytest.mark.parametrize(('planned', 'done'), [(300, 0), (1, 1), (300, 37), (300, 300)])
 def test_any_length(tmp_path: Path, drawn: dict[str, Figure], planned: int, done: int) -> None:
     make_run(tmp_path / 'run', planned=planned, done=done)
     if not done:
@@ -329,7 +329,7 @@ def test_matrix_counts_every_image(digits: Path, drawn: dict[str, Figure]) -> No
 def test_keep_rate_of_the_best_epoch(tmp_path: Path) -> None:
     """EViT is evaluated with the keep rate that its best epoch had."""
     flags = [*PLAIN, '--data-set', 'DIGITS', '--batch-size', '128', *EVIT, '--base_keep_rate', '0.3', '--lr', '8e-3']
-    flags += ['--shrink_start_epoch', '0', '--shrink_epochs', '9', '--epochs', '3', '--report']
+    flags += ['--shrink_start_epoch', '0', '--shrink_epochs', '6', '--epochs', '2', '--report']
     out = tmp_path / 'run'
     train([*flags, '--output_dir', str(out)])
     words = Page(out / 'report.html').words['predictions']
@@ -462,5 +462,5 @@ def test_bad_checkpoints(digits: Path, tmp_path: Path, capsys: pytest.CaptureFix
             ckpt.save(path, content)
         code, error = fails([str(run)], capsys)
         assert code == 1 and message in error and '--no-predictions' in error, error
-        report.main([str(run), '--no-predictions'])
-        assert 'were not asked for' in Page(run / 'report.html').words['predictions']
+    report.main([str(run), '--no-predictions'])
+    assert 'were not asked for' in Page(run / 'report.html').words['predictions']
