@@ -59,7 +59,6 @@ from utils import (
     Process,
     Progress,
     SizedLoader,
-    UsageError,
     default_device,
     find_amp_dtype,
     find_device,
@@ -155,15 +154,34 @@ class Predictions:
 
     def by_class(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Accuracy and precision of each class in percent, NaN where there are no images, and its images."""
-        precision, recall, _, images = metrics.precision_recall_fscore_support(
+        precision, right, _, images = metrics.precision_recall_fscore_support(
             self.targets, self.predicted, labels=np.arange(len(self.labels)), zero_division=np.nan
         )
-        return 100 * recall, 100 * precision, images
+        return 100 * right, 100 * precision, images
 
     def mistakes(self, most: int) -> np.ndarray:
         """Positions of the wrong answers, the most confident first."""
         wrong = np.flatnonzero(self.targets != self.predicted)
         return wrong[np.argsort(-self.confidence[wrong], kind='stable')][:most]
+
+
+def _read_checkpoint(path: str, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A checkpoint of main.py, and the arguments that evaluate it.
+
+    Args:
+        overrides: flags that replace the checkpoint's, None for those that do not.
+
+    Raises:
+        InputError: if it is damaged, or of another program.
+    """
+    state = ckpt.load(path)
+    stored = ckpt.stored_args(state)
+    if not isinstance(stored.get('model'), str) or str(stored.get('data_set')) not in DATA_SETS:
+        raise InputError(f'{path} does not say its model and data set: it is not of main.py')
+    flags = [*stored_flags(stored), '--eval', '--finetune', path]
+    given = {'--on-bad-image': stored.get('on_bad_image'), '--timeout': stored.get('timeout'), **overrides}
+    flags += [f'{flag}={value}' for flag, value in given.items() if value is not None]
+    return state, recall(flags, path)
 
 
 def predict(
@@ -189,29 +207,13 @@ def predict(
     if not Path(path).exists():
         return f'{run.name} has no {BEST}' + ('' if run.lines else ': no epoch is whole yet')
     hint = 'leave it out with --no-predictions'
-    try:
-        state = ckpt.load(path)
-        weights = ckpt.model_weights(state, path)
-        stored = ckpt.stored_args(state)
-        if not isinstance(stored.get('model'), str) or stored.get('data_set') not in DATA_SETS:
-            raise InputError(f'{path} does not say its model and data set: it is not of main.py')
-        flags = [*stored_flags(stored), '--eval', '--finetune', path]
-        for flag, value in (
-            ('--on-bad-image', stored.get('on_bad_image')),
-            ('--timeout', stored.get('timeout')),
-            ('--data-path', data_path),
-            ('--device', device),
-            ('--num_workers', num_workers),
-        ):
-            flags += [] if value is None else [f'{flag}={value}']
-        args = recall(flags, path)
-        names = ckpt.class_names(state, path)
-    except UsageError:
-        raise
-    except InputError as err:
-        raise InputError(f'{err}; {hint}') from None
     process = Process()
-    chosen = find_device(args.device or default_device(process), process=process)
+    chosen = find_device(device or default_device(process), process=process)
+    try:
+        state, args = _read_checkpoint(path, {'--data-path': data_path, '--num_workers': num_workers})
+        names = ckpt.class_names(state, path)
+    except InputError as err:
+        raise InputError(f'{one_line(err)}; {hint}') from None
     cifar = {'CIFAR': CIFAR100, 'CIFAR10': CIFAR10}.get(args.data_set)
     if cifar is not None and not args.use_lmdb and not Path(args.data_path, cifar.base_folder).is_dir():
         return f'{args.data_path} has no {cifar.base_folder}'  # which a report is no reason to download
@@ -222,7 +224,7 @@ def predict(
         return f'the images of {args.data_set} cannot be read: {one_line(err)}'
     try:
         model = build_model(args, splits.num_classes)
-        ckpt.load_whole(model, weights, path)
+        ckpt.load_whole(model, ckpt.model_weights(state, path), path)
     except InputError as err:
         raise InputError(f'{one_line(err)}; {hint}') from None
     keep_rate = state.get('keep_rate') if keeps_tokens_by_rate(args.model) else None
@@ -238,22 +240,15 @@ def predict(
         if reason is None:
             raise
         return str(reason)
-    targets, predicted, confidence = (np.concatenate(part) for part in zip(*answers, strict=True))
-    seen = np.flatnonzero(targets >= 0)  # others cannot be decoded, and the run left them out
-    if not len(seen):
+    if not answers:
         return 'there are no test images'
+    targets, predicted, confidence = (np.concatenate(part) for part in zip(*answers, strict=True))
+    seen = np.flatnonzero(targets >= 0)  # the others cannot be decoded, and the run left them out too
     classes = [printable(name) for name in splits.val.classes]
-    extra = range(len(classes), max(len(classes), int(predicted[seen].max()) + 1))
-    return Predictions(
-        run,
-        splits.val,
-        [*classes, *(f'output {number}, of no class' for number in extra)],
-        seen,
-        targets[seen],
-        predicted[seen],
-        confidence[seen],
-        int(state.get('epoch', -1)),
-    )
+    extra = range(len(classes), max(len(classes), int(predicted.max()) + 1))
+    labels = [*classes, *(f'output {number}, of no class' for number in extra)]
+    epoch = int(state.get('epoch', -1))
+    return Predictions(run, splits.val, labels, seen, targets[seen], predicted[seen], confidence[seen], epoch)
 
 
 @torch.inference_mode()

@@ -27,10 +27,10 @@ NO_MATTER = FREE_ARGUMENTS - {'finetune', 'batch_size', 'accum_steps'} - SEEN_IN
 DERIVED = ('data', 'total_batch', 'precision', 'train_mode')  # that matter beside the arguments
 
 RESULTS = {  # for the statistics over seeds: column of log.txt, and whether the best epoch counts or the last
-    'best test accuracy': ('test_acc1', True),
-    'test accuracy after the last epoch': ('test_acc1', False),
-    'best accuracy of the moving average': ('ema_test_acc1', True),
-    'accuracy of the moving average after the last epoch': ('ema_test_acc1', False),
+    'test accuracy, best epoch': ('test_acc1', True),
+    'test accuracy, last epoch': ('test_acc1', False),
+    'moving average, best epoch': ('ema_test_acc1', True),
+    'moving average, last epoch': ('ema_test_acc1', False),
 }
 
 
@@ -79,8 +79,8 @@ class LoggedRun:
     @property
     def planned(self) -> int | None:
         """Epochs that the run was to have."""
-        epochs = self.args.get('epochs')
-        return epochs + (self.args.get('cooldown_epochs') or 0) if isinstance(epochs, int) else None
+        epochs, more = self.args.get('epochs'), self.args.get('cooldown_epochs', 0)
+        return epochs + more if isinstance(epochs, int) and isinstance(more, int) else None
 
     @property
     def done(self) -> int:
@@ -288,6 +288,7 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
     """
     best = run.result('test_acc1')
     top5 = [line['test_acc5'] for line in run.lines if best and line['epoch'] == best.epoch and 'test_acc5' in line]
+    few_classes = run.derived.get('nb_classes') in range(6)  # of which all are among five
     losses = [run.result(name, best=False) for name in ('train_loss', 'test_loss')]
     logged = run.result('n_parameters', best=False)
     parameters = cost[0] if cost else int(logged.value) if logged else None
@@ -295,13 +296,13 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
     train, tests = (sum(run.series(name)[1]) for name in ('train_seconds', 'test_seconds'))
     return [
         Fact('best test accuracy', *_percent(best)),
-        Fact('top-5 at that epoch', f'{top5[0]:.2f}%' if top5 and run.derived.get('nb_classes', 6) > 5 else '–'),
+        Fact('top-5 at that epoch', f'{top5[0]:.2f}%' if top5 and not few_classes else '–'),
         Fact('last test accuracy', *_percent(run.result('test_acc1', best=False))),
         Fact('best moving average', *_percent(run.result('ema_test_acc1'))),
         Fact('last loss, train / test', ' / '.join('–' if loss is None else f'{loss.value:.4f}' for loss in losses)),
         Fact('parameters', f'{parameters:,}' if parameters else '–'),
         Fact('multiply-adds an image', f'{cost[1] / 1e9:.3f} G' if cost else '–'),
-        Fact('images a second', *((f'{statistics.median(rates):,.0f}', 'median') if rates else ('–',))),
-        Fact('waiting for data', *((f'{sum(waits) / train:.1%}', 'of training time') if waits and train else ('–',))),
-        Fact('time', *((format_seconds(train + tests), 'training, test') if train else ('–',))),
+        Fact('images a second, median', f'{statistics.median(rates):,.0f}' if rates else '–'),
+        Fact('training time lost to data', f'{sum(waits) / train:.1%}' if waits and train else '–'),
+        Fact('time, training and test', format_seconds(train + tests) if train else '–'),
     ]
