@@ -66,7 +66,8 @@ def test_the_attention_drawn_is_the_attention_used(name: str, kwargs: dict[str, 
     assert len(passed) == len(seen.attention) == 4 and seen.num_prefix == model.num_prefix_tokens
     heads = 2 if hasattr(model.blocks[0].attn, 'head_tokens') else 0
     size = seen.num_prefix + seen.grid[0] * seen.grid[1] + heads
-    assert seen.grid == (16 // int(name[-1]), 24 // int(name[-1])) if name[-1].isdigit() else (4, 6)
+    patch = kwargs.get('patch_size', 4)
+    assert seen.grid == (16 // patch, 24 // patch)
     for block, weights, (tokens, output) in zip(model.blocks, seen.attention, passed, strict=True):
         assert weights.shape == (2, 2, size, size) and weights.min() >= 0
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, size, dtype=torch.float64))
@@ -110,19 +111,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / 'new' / 'attention.png'
     sizes = []
     for path, *flags in (
-        (dhvt, '--size', '16', '24'),
-        (dhvt, '--layers', '3'),
-        (save(tmp_path / 'two.pth', 'dhvt_tiny_cifar_patch4_distilled'),),
-        (save(tmp_path / 'deit.pth', 'deit_tiny_cifar_patch4'), '--size', '24', '16'),
-        (save(tmp_path / 'plain.pth', 'dhvt_tiny_cifar_patch4', feed_forward='mlp', attention='plain'),),
+        (dhvt, '--size', '16', '24', '--layers', '1', '0'),
+        (save(tmp_path / 'two.pth', 'dhvt_tiny_cifar_patch4_distilled', depth=1),),
+        (save(tmp_path / 'deit.pth', 'deit_tiny_cifar_patch4', depth=1), '--size', '24', '16'),
     ):
         visualize.main(['attention', path, *names, '--out', str(out), *flags])
         with Image.open(out) as sheet:
             sizes.append(sheet.size)
             assert np.asarray(sheet.convert('L')).std() > 20
     said = capsys.readouterr().out.splitlines()
-    assert '2 images of 16x24 px, layers 0, 1, 2, 3' in said[0] and '16x16 px, layers 3' in said[1]
-    assert sizes[1][1] < sizes[2][1] / 2 and sizes[2][0] > sizes[4][0]  # fewer rows; no columns for head tokens
+    assert '2 images of 16x24 px, layers 0, 1' in said[0] and '24x16 px, layers 0' in said[2]
+    assert sizes[0][1] > 1.5 * sizes[1][1] and sizes[1][0] > sizes[2][0]  # a row a layer; no columns for head tokens
 
     positions = save(tmp_path / 'positions.pth', 'dhvt_tiny_cifar_patch4', pos_embed='learn')
     resnet = tmp_path / 'resnet.pth'
