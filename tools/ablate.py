@@ -39,7 +39,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -437,12 +437,15 @@ class Child:
     def __init__(self) -> None:
         self.signal = 0
         self._process: subprocess.Popen | None = None
-        self._passes: Callable[[int], int] = int
+        self._understood: set[int] = set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
         if self._process is not None:
-            self._process.send_signal(self._passes(number))
+            self._process.send_signal(number if number in self._understood else signal.SIGTERM)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -450,7 +453,8 @@ class Child:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in (*SIGNALS, signal.SIGHUP)}
+        caught = [*SIGNALS, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)]  # it is with nohup
+        before = {number: signal.signal(number, self._handle) for number in caught}
         try:
             yield
         finally:
@@ -459,15 +463,14 @@ class Child:
 
     def run(self, command: Sequence[str], *, log: Path, env: Mapping[str, str], torchrun: bool) -> int:
         """Runs it to its end, with its output at the end of a file; returns the exit code, negative for a signal's."""
-        known = {signal.SIGTERM, signal.SIGINT} if torchrun else set(SIGNALS)
-        self._passes = lambda number: number if number in known else signal.SIGTERM
+        self._understood = {signal.SIGTERM, signal.SIGINT} if torchrun else set(SIGNALS)
         with log.open('ab') as file, self.signals():
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env,
                 start_new_session=True,
             )  # fmt: skip
             if self.signal:  # it came before there was a process
-                self._process.send_signal(self._passes(self.signal))
+                self._pass_on(self.signal)
             code = self._process.wait()
             self._process = None
         return code
