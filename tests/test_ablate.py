@@ -313,7 +313,7 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
     assert first == [(folder / 'seed0' / 'console.log').stat().st_mtime_ns for folder in folders]
 
     code, out, _ = run(capsys, 'affines', '--show', '--output', output)
-    assert code == 0 and out == (output / 'table.md').read_text() and 'Here: DIGITS, 1 epochs' in out
+    assert code == 0 and out == (output / 'table.md').read_text() and 'Here: DIGITS, 1 epoch.' in out
     own = [json.loads((folders[0] / f'seed{seed}' / 'log.txt').read_text())['max_accuracy'] for seed in (0, 1)]
     mean, spread = sum(own) / 2, abs(own[0] - own[1]) / 2**0.5
     assert f'| 2 | {mean:.2f} ± {spread:.2f} | {max(own):.2f} | 80.90 |' in out

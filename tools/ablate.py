@@ -91,7 +91,7 @@ class Result(NamedTuple):
 
     parameters: int | None
     accuracies: Mapping[int, float]  # best top-1 in percent, by seed
-    last: str  # when and how these were trained, for the table's heading
+    trained: str  # on what and for how long, for the table's heading
 
     @property
     def mean(self) -> float:
@@ -326,7 +326,7 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
 def read_result(folder: Path) -> Result:
     """The finished runs in a row's folder."""
     accuracies: dict[int, float] = {}
-    parameters, last = None, ''
+    parameters, how = None, ''
     for run in sorted(folder.glob('seed*'), key=lambda path: int(path.name[4:])):
         if not is_finished(run):
             continue
@@ -335,15 +335,16 @@ def read_result(folder: Path) -> Result:
         parameters = int(line['n_parameters'])
         fraction = settings.get('train_fraction', 1)
         part = f' ({fraction:g} of it)' if fraction != 1 else ''
-        last = f'{settings["data_set"]}{part}, {settings["epochs"]} epochs'
-    return Result(parameters, accuracies, last)
+        epochs = settings['epochs']
+        how = f'{settings["data_set"]}{part}, {epochs} epoch{"s" if epochs > 1 else ""}'
+    return Result(parameters, accuracies, how)
 
 
 # The table
 
 
 def _heading(table: Table, results: Sequence[Result]) -> str:
-    trained = sorted({result.last for result in results if result.last})
+    trained = sorted({result.trained for result in results if result.trained})
     return f'{table.title}. Here: {"; ".join(trained) or "no finished run yet"}.'
 
 
