@@ -113,7 +113,8 @@ class SplitFeedForward(nn.Module):
     """ViT's feed-forward on the patch tokens alone; the class token passes by, as it does in DAFF. Table 8.
 
     Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape. What passes by is the input, which the block has
-    normed; the block adds it to the class token.
+    normed; the block adds it to the class token. Without aggregation nothing of the last block's feed-forward reaches
+    the class token.
 
     Args:
         aggregation: DAFF's channel weights on nothing ('none'), the class token ('class'), or every token ('all').

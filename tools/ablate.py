@@ -39,7 +39,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -91,7 +91,7 @@ class Result(NamedTuple):
 
     parameters: int | None
     accuracies: Mapping[int, float]  # best top-1 in percent, by seed
-    last: str  # when and how these were trained, for the table's heading
+    trained: str  # on what and for how long, for the table's heading
 
     @property
     def mean(self) -> float:
@@ -326,7 +326,7 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
 def read_result(folder: Path) -> Result:
     """The finished runs in a row's folder."""
     accuracies: dict[int, float] = {}
-    parameters, last = None, ''
+    parameters, how = None, ''
     for run in sorted(folder.glob('seed*'), key=lambda path: int(path.name[4:])):
         if not is_finished(run):
             continue
@@ -335,15 +335,16 @@ def read_result(folder: Path) -> Result:
         parameters = int(line['n_parameters'])
         fraction = settings.get('train_fraction', 1)
         part = f' ({fraction:g} of it)' if fraction != 1 else ''
-        last = f'{settings["data_set"]}{part}, {settings["epochs"]} epochs'
-    return Result(parameters, accuracies, last)
+        epochs = settings['epochs']
+        how = f'{settings["data_set"]}{part}, {epochs} epoch{"s" if epochs > 1 else ""}'
+    return Result(parameters, accuracies, how)
 
 
 # The table
 
 
 def _heading(table: Table, results: Sequence[Result]) -> str:
-    trained = sorted({result.last for result in results if result.last})
+    trained = sorted({result.trained for result in results if result.trained})
     return f'{table.title}. Here: {"; ".join(trained) or "no finished run yet"}.'
 
 
@@ -437,12 +438,15 @@ class Child:
     def __init__(self) -> None:
         self.signal = 0
         self._process: subprocess.Popen | None = None
-        self._passes: Callable[[int], int] = int
+        self._understood: set[int] = set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
         if self._process is not None:
-            self._process.send_signal(self._passes(number))
+            self._process.send_signal(number if number in self._understood else signal.SIGTERM)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -450,7 +454,8 @@ class Child:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in (*SIGNALS, signal.SIGHUP)}
+        caught = [*SIGNALS, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)]  # it is with nohup
+        before = {number: signal.signal(number, self._handle) for number in caught}
         try:
             yield
         finally:
@@ -459,15 +464,14 @@ class Child:
 
     def run(self, command: Sequence[str], *, log: Path, env: Mapping[str, str], torchrun: bool) -> int:
         """Runs it to its end, with its output at the end of a file; returns the exit code, negative for a signal's."""
-        known = {signal.SIGTERM, signal.SIGINT} if torchrun else set(SIGNALS)
-        self._passes = lambda number: number if number in known else signal.SIGTERM
+        self._understood = {signal.SIGTERM, signal.SIGINT} if torchrun else set(SIGNALS)
         with log.open('ab') as file, self.signals():
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env,
                 start_new_session=True,
             )  # fmt: skip
             if self.signal:  # it came before there was a process
-                self._process.send_signal(self._passes(self.signal))
+                self._pass_on(self.signal)
             code = self._process.wait()
             self._process = None
         return code

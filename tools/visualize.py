@@ -66,13 +66,19 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def restore(path: str, state: Mapping[str, Any], further: Sequence[str] = ()) -> tuple[nn.Module, argparse.Namespace]:
+def restore(
+    path: str, state: Mapping[str, Any], *, kinds: tuple[type, ...], needs: str, further: Sequence[str] = ()
+) -> tuple[Any, argparse.Namespace]:
     """The model of a checkpoint, in eval mode, and the flags of its run that say what it is.
 
     Args:
         path: the checkpoint's name.
         state: what it holds.
+        kinds, needs: what the model must be, as classes and in words.
         further: flags that win.
+
+    Raises:
+        InputError: if it is something else, or the weights do not fit it.
     """
     weights = ckpt.model_weights(state, path)
     args = parse_args(
@@ -80,6 +86,8 @@ def restore(path: str, state: Mapping[str, Any], further: Sequence[str] = ()) ->
     )
     head = weights.get('head.weight')
     model = build_model(args, None if head is None else len(head))
+    if not isinstance(model, kinds):
+        raise InputError(f'{path} is of {args.model}: {needs} is needed')
     ckpt.load_whole(model, weights, path)
     return model.eval(), args
 
@@ -169,9 +177,7 @@ def load_attentive(path: str, size: tuple[int, int] | None) -> tuple[DHVT | Visi
         raise InputError(f'{path} is of an EViT, whose patches move from layer to layer: draw evit-mask')
     if name is None:
         raise InputError(f'{path} does not say which model it is of')
-    model, args = restore(path, state)
-    if not isinstance(model, (DHVT, VisionTransformer)):
-        raise InputError(f'{path} is of {name}, which has no such attention: a DHVT or a DeiT is needed')
+    model, args = restore(path, state, kinds=(DHVT, VisionTransformer), needs='a DHVT or a DeiT')
     size = size or (args.input_size, args.input_size)
     sides = to_2tuple(model.patch_embed.patch_size)
     if size[0] % sides[0] or size[1] % sides[1]:
@@ -294,8 +300,8 @@ def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> t
     if not keeps_tokens_by_rate(str(name)):
         raise InputError(f'{path} is not of an EViT (deit_…_shrink_base) but of {name}')
     rate = [] if base_keep_rate is None else [f'--base_keep_rate={base_keep_rate}']
-    model, args = restore(path, state, [*rate, *(['--fuse_token'] if fuse_token else [])])
-    assert isinstance(model, EViT)
+    further = [*rate, *(['--fuse_token'] if fuse_token else [])]
+    model, args = restore(path, state, kinds=(EViT,), needs='an EViT', further=further)
     return model, args.input_size
 
 
