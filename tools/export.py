@@ -112,7 +112,7 @@ def timm_config(model: nn.Module, settings: Settings, path: Path) -> None:
         InputError: if an argument of the model is nothing that JSON has.
     """
     small = settings.input_size <= SMALL_IMAGE  # evaluation resizes such images whole, whatever their shape
-    model.pretrained_cfg = {
+    model.pretrained_cfg = {  # type: ignore[assignment]
         **model.pretrained_cfg,  # type: ignore[dict-item]
         'input_size': (3, settings.input_size, settings.input_size),
         'interpolation': 'bicubic',
@@ -194,22 +194,23 @@ def check_target(kind: str, out: Path) -> None:
 
 def put_in_place(made: Path, out: Path) -> None:
     """Moves a file, or the files of a folder, each under its name when it is whole and on the disk."""
-    pairs = (
-        [(path, out / path.name) for path in sorted(made.iterdir(), reverse=True)] if made.is_dir() else [(made, out)]
-    )
+    pairs = [(made, out)]
     if made.is_dir():
         out.mkdir(exist_ok=True)
+        pairs = [(path, out / path.name) for path in sorted(made.iterdir(), reverse=True)]  # the weights first
     for source, target in pairs:
         with open(source, 'rb') as data:
             ckpt.write_file(target, lambda file, data=data: shutil.copyfileobj(data, file))  # type: ignore[misc]
 
 
 @torch.no_grad()
-def export(model: nn.Module, settings: Settings, kind: str, out: Path, loaded: dict[str, Any]) -> tuple[float, float]:
-    """Writes a model in a format to `out`, once what was written gives the model's logits.
+def export(
+    model: nn.Module, settings: Settings, kind: str, out: Path, loaded: dict[str, Any], *, reference: nn.Module
+) -> tuple[float, float]:
+    """Writes a model in a format to `out`, once what was written gives the reference's logits.
 
     Args:
-        model: in eval mode, on the CPU.
+        model, reference: in eval mode, on the CPU; the same model, or the first with folded BatchNorms.
         settings, loaded: what `load_trained` gave with it.
         kind: of `FORMATS`.
 
@@ -223,7 +224,7 @@ def export(model: nn.Module, settings: Settings, kind: str, out: Path, loaded: d
         made = Path(folder, f'model{ENDINGS[kind]}')
         try:
             forward = FORMATS[kind](model, settings, made, loaded)
-            difference, largest = compare(forward, model, settings.input_size)
+            difference, largest = compare(forward, reference, settings.input_size)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as err:
             raise InputError(f'{settings.name} cannot be written as {kind}: {one_line(err)}') from None
         if not difference <= TOLERANCE * max(largest, 1.0):
@@ -252,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, settings, loaded = load_trained(
             args.checkpoint, ema=args.ema, name=args.model, input_size=args.input_size
         )
+        reference = model
         if args.fold_bn:
             model, difference = fold_if_equal(model, settings.input_size)
             print(f'BatchNorms folded; largest difference of logits {difference:.2g}')
@@ -259,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger('torch.onnx').setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of exporters, about themselves
-            difference, largest = export(model, settings, args.format, out, loaded)
+            difference, largest = export(model, settings, args.format, out, loaded, reference=reference)
         files = [path for path in out.iterdir() if path.name in TIMM_FILES] if out.is_dir() else [out]
         size = sum(path.stat().st_size for path in files) / 2**20
         print(
