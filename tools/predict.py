@@ -230,6 +230,14 @@ def _as_text(file: IO[bytes]) -> Iterator[IO[str]]:
         text.detach()  # or it would close the file
 
 
+def fold_if_possible(model: nn.Module, input_size: int) -> nn.Module:
+    """A model with its BatchNorms folded; the model itself where that would change its outputs."""
+    try:
+        return fold_if_equal(model, input_size)[0]
+    except InputError:
+        return model
+
+
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -277,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, settings, _ = load_trained(args.checkpoint, ema=args.ema, name=args.model, input_size=args.input_size)
         stored = settings.args.get('amp')
         amp_dtype = find_amp_dtype(args.amp or (stored if stored in PRECISIONS else 'auto'), device)
-        model = fold_if_equal(model, settings.input_size)[0].to(device)
+        model = fold_if_possible(model, settings.input_size).to(device)
         topk = min(args.topk, len(settings.classes))
         skipped = 0
 
