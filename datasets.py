@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -348,6 +349,59 @@ def build_datasets(
     return Splits(train_split, val_split, head, notes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """The settings of the training pipeline; see `build_transform` for each.
+
+    `resplit` erases in the second half of each batch only, as timm defines it.
+    """
+
+    input_size: int
+    no_aug: bool
+    hflip: float
+    color_jitter: float
+    auto_augment: str | None
+    interpolation: str
+    re_prob: float
+    re_mode: str
+    re_count: int
+    resplit: bool
+
+    def transform(self, *, train: bool) -> Transform:
+        """The pipeline on PIL images; with `resplit` it leaves erasing to what sees the batch."""
+        return build_transform(
+            train=train,
+            input_size=self.input_size,
+            no_aug=self.no_aug,
+            hflip=self.hflip,
+            color_jitter=self.color_jitter,
+            auto_augment=self.auto_augment,
+            interpolation=self.interpolation,
+            re_prob=0.0 if self.resplit else self.re_prob,
+            re_mode=self.re_mode,
+            re_count=self.re_count,
+        )
+
+    def crop(self, *, train: bool) -> tuple[Transform, bool]:
+        """What of the pipeline must see an image by itself: to a uint8 tensor (3, input_size, input_size).
+
+        Also says whether that is the same each time. Up to 32 px it is: images are of one size, and their random crop
+        is taken from whole batches.
+        """
+        if not train or self.no_aug or self.input_size <= SMALL_IMAGE:
+            return transforms.Compose([*_resize(self.input_size), transforms.PILToTensor()]), True
+        crop = RandomResizedCropAndInterpolation(self.input_size, interpolation=self.interpolation)
+        return transforms.Compose([crop, transforms.PILToTensor()]), False
+
+
+def _resize(input_size: int) -> list[Any]:
+    """Evaluation's way to one size."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    if input_size <= SMALL_IMAGE:
+        return [transforms.Resize((input_size, input_size), bicubic)]
+    return [transforms.Resize(int(256 / 224 * input_size), bicubic), transforms.CenterCrop(input_size)]
+
+
 def build_transform(
     *,
     train: bool,
@@ -379,8 +433,6 @@ def build_transform(
     Raises:
         UsageError: for a policy or mode that timm does not know.
     """
-    square = transforms.Resize((input_size, input_size), transforms.InterpolationMode.BICUBIC)
-    small = input_size <= SMALL_IMAGE
     if train and not no_aug:
         try:
             transform = create_transform(
@@ -396,16 +448,11 @@ def build_transform(
             )
         except (AssertionError, ValueError, KeyError, NotImplementedError) as err:
             raise UsageError(f'--aa {auto_augment} --remode {re_mode}: timm refuses this ({one_line(err)})') from None
-        if small:
-            crop = [square, transforms.RandomCrop(input_size, padding=4)]
-            transform.transforms[:1] = crop
+        if input_size <= SMALL_IMAGE:
+            transform.transforms[:1] = [*_resize(input_size), transforms.RandomCrop(input_size, padding=4)]
         return transform
-    resize = [square] if small else [
-        transforms.Resize(int(256 / 224 * input_size), transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(input_size),
-    ]  # fmt: skip
     normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*resize, transforms.ToTensor(), normalize])
+    return transforms.Compose([*_resize(input_size), transforms.ToTensor(), normalize])
 
 
 class AugmentedImages(Dataset[tuple[Any, int]]):

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import InputError, Progress, all_reduce_sum, get_rank, get_world_size, seed_all
+from utils import InputError, Progress, SizedLoader, all_reduce_sum, get_rank, get_world_size, seed_all
 
 
 class NonFiniteError(InputError):
@@ -36,13 +36,14 @@ class Tally:
     skipped: int = 0  # optimizer steps that the loss scaler left out
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    data_seconds: float = 0.0  # of these, spent waiting for the loader
 
 
 def train_one_epoch(
     *,
     model: nn.Module,
     criterion: nn.Module,
-    loader: torch.utils.data.DataLoader,
+    loader: SizedLoader,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     epoch: int,
@@ -52,6 +53,7 @@ def train_one_epoch(
     accum_steps: int = 1,
     model_ema: ModelEmaV3 | None = None,
     mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
     train_mode: bool = True,
     teacher: nn.Module | None = None,
     keep_rate: Callable[[int], float] | None = None,
@@ -78,6 +80,7 @@ def train_one_epoch(
         accum_steps: batches for each optimizer step; the last step of an epoch takes those that are left.
         model_ema: updated after each optimizer step.
         mixup_fn: mixes images and turns targets into distributions.
+        memory_format: of the images.
         train_mode: False keeps BatchNorm's statistics and turns dropout and drop path off.
         teacher: gives logits for the same images, mixed as the student sees them.
         keep_rate: from the number of the batch to the model's argument of that name.
@@ -103,7 +106,7 @@ def train_one_epoch(
     progress = Progress(loader, header=f'Epoch {epoch}', print_freq=print_freq, first=first)
     learning_rate = max(group['lr'] for group in optimizer.param_groups)
     tally = Tally() if tally is None else tally
-    seconds_before = tally.seconds
+    seconds_before, data_seconds_before = tally.seconds, tally.data_seconds
     unread: list[tuple[int, list[Tensor], Tensor]] = []  # of steps since the last print: first batch, losses, norm
     group_losses: list[Tensor] = []
     images_seen = 0
@@ -111,6 +114,7 @@ def train_one_epoch(
 
     def read() -> None:
         tally.seconds = seconds_before + progress.seconds
+        tally.data_seconds = data_seconds_before + progress.data_time
         if not unread:
             return
         losses = torch.stack([loss for _, group, _ in unread for loss in group])
@@ -145,7 +149,7 @@ def train_one_epoch(
         unread.clear()
 
     for images, targets in progress:
-        images = images.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True, memory_format=memory_format)
         targets = targets.to(device, non_blocking=True)
         images_seen += len(images) * get_world_size()
         seed_all(seed, get_rank(), epoch, progress.step)
@@ -215,7 +219,7 @@ def _non_finite(*, step: dict[str, Any], skipped: int) -> NonFiniteError:
 def evaluate(
     *,
     model: nn.Module,
-    loader: torch.utils.data.DataLoader,
+    loader: SizedLoader,
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     sharded: bool = False,
@@ -227,7 +231,8 @@ def evaluate(
     """Evaluates a model, not inside DistributedDataParallel, which would communicate at each batch.
 
     Args:
-        loader: batches of images (B, C, H, W) and class indices (B,), -1 for images that are left out.
+        loader: batches of images (B, C, H, W) and class indices (B,), -1 for images that are left out; where they are
+            on the device already, nothing is copied.
         amp_dtype: autocast's type, None for float32.
         sharded: each process's loader holds its own share of the images; the counts are then summed.
         keep_rate: the model's argument of that name, if it is to have one.
@@ -241,13 +246,15 @@ def evaluate(
     progress = Progress(loader, header=header, print_freq=print_freq)
     loss_sum = torch.zeros((), device=device)
     right = torch.zeros(2, dtype=torch.int64, device=device)  # at once, among five
+    counted = torch.zeros((), dtype=torch.int64, device=device)
     images_seen = 0
     for images, targets in progress:
         if stop is not None and stop():
             break
-        images_seen += int((targets >= 0).sum())  # in host memory still: no wait
+        images_seen += len(images)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
+        counted += (targets >= 0).sum()
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images, **({} if keep_rate is None else {'keep_rate': keep_rate}))
         logits = logits.float()
@@ -255,18 +262,17 @@ def evaluate(
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
         if progress.due():
-            progress.show({'loss': f'{loss_sum.item() / max(images_seen, 1):.4f}'}, images=images_seen)
-    total = torch.tensor(images_seen, device=device)
+            progress.show({'loss': f'{loss_sum.item() / max(counted.item(), 1):.4f}'}, images=images_seen)
     if sharded:
-        for value in (loss_sum, right, total):
+        for value in (loss_sum, right, counted):
             all_reduce_sum(value)
-    images_seen = int(total)
+    total = int(counted)
     right1, right5 = right.tolist()
-    if images_seen == 0:
+    if total == 0:
         return {}
     return {
-        'loss': loss_sum.item() / images_seen,
-        'acc1': 100 * right1 / images_seen,
-        'acc5': 100 * right5 / images_seen,
-        'images': images_seen,
+        'loss': loss_sum.item() / total,
+        'acc1': 100 * right1 / total,
+        'acc5': 100 * right5 / total,
+        'images': total,
     }

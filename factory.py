@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as ckpt
 from losses import Teacher
@@ -188,3 +189,19 @@ def synchronize_stem(model: nn.Module, device: torch.device) -> None:
     """
     if device.type == 'cuda' and isinstance(getattr(model, 'patch_embed', None), nn.Module):
         model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
+
+
+def distribute(model: nn.Module, device: torch.device, *, accum_steps: int) -> DistributedDataParallel:
+    """The model as the processes of a group train it together.
+
+    Gradients are views of the buckets that are summed. Buffers are not sent at each step: the main process's are the
+    ones that are evaluated and saved. The graph is the same at each step, which PyTorch makes use of unless gradients
+    are accumulated.
+    """
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == 'cuda' else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=accum_steps == 1,
+    )

@@ -14,23 +14,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import random_seed
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import checkpoint as ckpt
-from datasets import DATA_SETS, AugmentedImages, Splits, build_datasets, build_transform
+from augment import BatchedMixup
+from datasets import DATA_SETS, Augmentation, Splits, build_datasets
+from ema import MovingAverage
 from engine import evaluate
 from factory import (
     DEFAULT_TEACHER,
     check_output,
     create_model,
     create_teacher,
+    distribute,
     keeps_tokens_by_rate,
     synchronize_stem,
 )
@@ -47,9 +46,11 @@ from flags import (
     one_line_errors,
     usable_workers,
 )
-from interrupts import Interrupted, Interrupts, ignore_signals, leave_word, lost_contact, no_children_left
+from interrupts import Interrupted, Interrupts, leave_word, lost_contact, no_children_left
+from loaders import build_loaders
 from losses import DistillationLoss, Teacher, create_criterion
 from models import evit
+from models.folding import fold_batchnorm
 from output import OutputFolder, holds_run
 from resume import Parts
 from samplers import EvalSampler, TrainBatches
@@ -69,8 +70,10 @@ from utils import (
     in_turn,
     init_distributed,
     is_main_process,
+    keep_freed_memory,
     log,
     one_line,
+    set_backends,
     share_batchnorm_statistics,
 )
 
@@ -129,6 +132,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--drop-path', default=0.1, type=PROBABILITY, help='drop path rate of the last block')
     group.add_argument('--train-mode', action=switch, help='train with the model in training mode; --no-train-mode '
                        'keeps BatchNorm frozen and drop path off, and is the default with --finetune')  # fmt: skip
+    group.add_argument('--grad-checkpointing', action='store_true', help='compute each block again in the backward '
+                       'pass: less memory, about a third more time')  # fmt: skip
     group.add_argument('--model-ema', action=switch, default=True, help='keep a moving average of the weights')
     group.add_argument('--model-ema-decay', default=0.99996, type=PROBABILITY, help='its decay for each step')
     group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it in host memory')
@@ -194,6 +199,10 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--mixup-switch-prob', default=0.5, type=PROBABILITY, help='of cutmix where both are on')
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
 
+    group.add_argument('--augment', default='auto', choices=('auto', 'pil', 'batched'), help='images one by one in '
+                       'PIL, or whole batches on the device, which auto takes where it knows the policy')  # fmt: skip
+    group.add_argument('--augment-exact', action='store_true', help="batched: timm's pixels to the bit, more slowly")
+
     group = parser.add_argument_group('data')
     group.add_argument(
         '--data-path', default='data', type=os.path.abspath, help='folder of train/ and val/, or where CIFAR is put'
@@ -207,6 +216,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--train-fraction', default=1.0, type=PART, help='use this part of the training images, the '
                        'same share of each class; a smaller part lies inside a larger one')  # fmt: skip
     group.add_argument('--train-fraction-seed', default=0, type=SEED, help='chooses another part')
+    group.add_argument('--cache-gib', default=4.0, type=AMOUNT, metavar='GIB', help='memory on the device for images '
+                       'of one size, kept there if all fit: up to 32 px in training, and in evaluation')  # fmt: skip
     group.add_argument('--pin-mem', action=switch, default=True, help='pin batches in host memory for GPUs')
 
     group = parser.add_argument_group('run')
@@ -225,6 +236,8 @@ def get_args_parser() -> FlagParser:
                        'finite number: stop, or go back to the last checkpoint and leave that batch out')  # fmt: skip
     group.add_argument('--most-skips', default=20, type=COUNT, help='optimizer steps that the loss scaler of fp16 may '
                        'leave out in a row')  # fmt: skip
+    group.add_argument('--report', action=switch, default=True, help="draw the run in --output_dir's report.html, once "
+                       'it is over')  # fmt: skip
     group.add_argument('--start_epoch', default=0, type=COUNT, help='first epoch; --resume sets it')
     group.add_argument('--eval', action='store_true', help='evaluate only; the flags of the run that wrote the '
                        'checkpoint are the defaults')  # fmt: skip
@@ -237,6 +250,11 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
     group.add_argument('--amp', default='auto', choices=('auto', 'off', 'fp16', 'bf16'),
                        help='mixed precision: auto is bf16 where the hardware has it, else fp16 on GPUs')  # fmt: skip
+
+    group.add_argument('--compile', default='off', choices=('off', 'default', 'reduce-overhead', 'max-autotune'),
+                       help="torch.compile's mode for the training step")  # fmt: skip
+    group.add_argument('--channels-last', action=switch, help='channels innermost in memory; where it pays by default')
+    group.add_argument('--tf32', action=switch, default=True, help='TensorFloat-32 for float32 products on GPUs')
 
     group = parser.add_argument_group('processes', 'torchrun and SLURM set these themselves')
     group.add_argument('--world_size', default=1, type=FROM_ONE, help='number of processes, if started by hand')
@@ -316,6 +334,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError('--eval needs the weights: --resume FILE or --finetune FILE')
     if args.resplit and (args.reprob == 0 or args.no_aug):
         raise UsageError('--resplit needs random erasing: --reprob above 0, and no --no-aug')
+    if args.augment_exact and (args.augment == 'pil' or args.no_aug):
+        raise UsageError('--augment-exact is for batched augmentation: no --augment pil, and no --no-aug')
+    if args.compile != 'off' and keeps_tokens_by_rate(args.model):
+        raise UsageError(f'--compile {args.compile}: EViT has another number of tokens from step to step; leave it off')
     if args.eval and args.only_test_speed:
         raise UsageError('--eval and --only_test_speed exclude each other')
     if args.start_epoch >= args.epochs:
@@ -376,30 +398,36 @@ def build_teacher(args: argparse.Namespace, process: Process, model: nn.Module, 
     return teacher
 
 
+def find_augmentation(args: argparse.Namespace) -> Augmentation:
+    return Augmentation(
+        input_size=args.input_size,
+        no_aug=args.no_aug,
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa.lower() in ('', 'none') else args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        resplit=args.resplit,
+    )
+
+
 def load_splits(args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None) -> Splits:
     """Builds the data set, one process first where files may have to be downloaded.
 
     Args:
         known_classes: those of the checkpoint whose head is used, in its order.
     """
-    augmentation = {
-        'no_aug': args.no_aug,
-        'hflip': args.hflip,
-        'color_jitter': args.color_jitter,
-        'auto_augment': None if args.aa.lower() in ('', 'none') else args.aa,
-        'interpolation': args.train_interpolation,
-        're_prob': 0.0 if args.resplit else args.reprob,  # with --resplit the collate function erases
-        're_mode': args.remode,
-        're_count': args.recount,
-    }
+    augmentation = find_augmentation(args)
     downloads = DATA_SETS[args.data_set].kind == 'cifar' and not args.use_lmdb
     with in_turn(process) if downloads else nullcontext():
         return build_datasets(
             args.data_set,
             args.data_path,
             train=not args.eval,
-            train_transform=build_transform(train=True, input_size=args.input_size, **augmentation),
-            val_transform=build_transform(train=False, input_size=args.input_size),
+            train_transform=augmentation.transform(train=True),
+            val_transform=augmentation.transform(train=False),
             num_classes=args.nb_classes,
             data_layout=args.data_layout,
             inat_category=args.inat_category,
@@ -412,47 +440,28 @@ def load_splits(args: argparse.Namespace, process: Process, known_classes: Seque
         )
 
 
-def build_loaders(
-    args: argparse.Namespace, splits: Splits, process: Process, device: torch.device
-) -> tuple[DataLoader | None, DataLoader]:
-    """The training loader, None for evaluation only, and the evaluation loader.
+def plan_batches(args: argparse.Namespace, splits: Splits, process: Process) -> TrainBatches | None:
+    """Which training images are in which batch; None for evaluation only.
 
     Raises:
         InputError: if the training images do not fill one batch.
     """
-    workers = usable_workers(args.num_workers, processes=process.local_world_size)
-    common: dict[str, Any] = {
-        'num_workers': workers,
-        'pin_memory': args.pin_mem and device.type == 'cuda',
-        'timeout': args.timeout if workers else 0,
-        'worker_init_fn': ignore_signals,
-    }
-    replicas, rank = process.world_size, process.rank
-    shard = EvalSampler(splits.val, num_replicas=replicas, rank=rank) if args.dist_eval else EvalSampler(splits.val)
-    val_loader = DataLoader(splits.val, sampler=shard, batch_size=int(1.5 * args.batch_size), **common)
     if splits.train is None:
-        return None, val_loader
+        return None
     batches = TrainBatches(
         len(splits.train),
         batch_size=args.batch_size,
-        num_replicas=replicas,
-        rank=rank,
+        num_replicas=process.world_size,
+        rank=process.rank,
         repeated=args.repeated_aug,
         even=_mixes(args),
     )
     if not len(batches):
         raise InputError(
-            f'{len(splits.train)} training images do not fill one batch of {args.batch_size} on each of {replicas} '
-            f'process{"es" if replicas > 1 else ""}: lower --batch-size'
+            f'{len(splits.train)} training images do not fill one batch of {args.batch_size} on each of '
+            f'{process.world_size} process{"es" if process.world_size > 1 else ""}: lower --batch-size'
         )
-    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device='cpu')
-    train_loader = DataLoader(
-        AugmentedImages(splits.train, seed=args.seed, erase=erase if args.resplit else None),
-        batch_sampler=batches,
-        persistent_workers=workers > 0,
-        **common,
-    )
-    return train_loader, val_loader
+    return batches
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, device: torch.device) -> Any:
@@ -464,8 +473,8 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
     kwargs: dict[str, Any] = {'eps': args.opt_eps}  # timm drops what an optimizer does not take
     if args.opt_betas is not None:
         kwargs['betas'] = tuple(args.opt_betas)
-    if args.opt in ('adam', 'adamw') and device.type == 'cuda':
-        kwargs['fused'] = True  # skips steps that float16 spoils without a wait for the host
+    if args.opt in ('adam', 'adamw') and device.type in ('cuda', 'cpu'):
+        kwargs['fused'] = True  # one kernel; on GPUs it skips steps that float16 spoils without a wait for the host
     try:
         return create_optimizer_v2(
             model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **kwargs
@@ -521,18 +530,13 @@ def find_start(args: argparse.Namespace, process: Process, output: OutputFolder)
         return source, ckpt.load(source), bool(args.resume)
 
 
-def set_deterministic(deterministic: bool) -> None:
-    if deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Builds everything from the arguments and runs the epochs; returns the last line of the log."""
     process = find_process(os.environ, world_size=args.world_size, local_rank=args.local_rank)
-    set_deterministic(args.deterministic)
+    set_backends(deterministic=args.deterministic, tf32=args.tf32)
     device = find_device(args.device or default_device(process), process=process)
+    if device.type == 'cpu':
+        keep_freed_memory()
     init_distributed(process, device=device, dist_url=args.dist_url, timeout=args.timeout)
     amp_dtype = find_amp_dtype(args.amp, device)
     random_seed(args.seed, process.rank)
@@ -546,10 +550,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     source, loaded, resumes = find_start(args, process, output)
     head_stays = resumes or args.eval
     splits = load_splits(args, process, ckpt.class_names(loaded, source) if head_stays else None)
-    train_loader, val_loader = build_loaders(args, splits, process, device)
+    batches = plan_batches(args, splits, process)
     for note in splits.notes:
         log(f'Note: {note}')
+    whole = {} if args.dist_eval else {'num_replicas': 1, 'rank': 0}
+    train_loader, val_loader, augmented = build_loaders(
+        splits.train,
+        splits.val,
+        batches=batches,
+        shard=EvalSampler(splits.val, **{'num_replicas': process.world_size, 'rank': process.rank, **whole}),
+        eval_batch_size=int(1.5 * args.batch_size),
+        augmentation=find_augmentation(args),
+        seed=args.seed,
+        augment=args.augment,
+        exact=args.augment_exact,
+        cache_gib=args.cache_gib,
+        device=device,
+        workers=usable_workers(args.num_workers, processes=process.local_world_size),
+        pin_memory=args.pin_mem,
+        timeout=args.timeout,
+    )
+    memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
     model = build_model(args, splits.num_classes).to(device)
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
     check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes)
     if source:
         weights = ckpt.model_weights(loaded, source)
@@ -565,7 +588,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         module: nn.Module, header: str, keep_rate: float | None = None, stop: Callable[[], bool] | None = None
     ) -> dict[str, float]:
         share_batchnorm_statistics(module)
-        stats = evaluate(model=module, loader=val_loader, device=device, amp_dtype=amp_dtype,
+        stats = evaluate(model=fold_batchnorm(module), loader=val_loader, device=device, amp_dtype=amp_dtype,
                          sharded=args.dist_eval, keep_rate=keep_rate, stop=stop, header=header)  # fmt: skip
         splits.val.log_bad_images()
         return stats
@@ -584,7 +607,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     total_batch = args.batch_size * args.accum_steps * process.world_size
     lr = args.lr * total_batch / 512
     mixed = _mixes(args)
-    mixup_fn = Mixup(
+    mixup_fn = BatchedMixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,
@@ -613,19 +636,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     train_mode = not args.finetune if args.train_mode is None else args.train_mode
 
-    synchronized: nn.Module = model
     if process.world_size > 1:
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):  # the layout of their gradients, as tokens are channels-last maps
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         synchronize_stem(model, device)
-        synchronized = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     optimizer = build_optimizer(args, model, lr, device)
     scheduler = build_scheduler(args, optimizer)
     model_ema = None
     if args.model_ema:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
-        model_ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
+        model_ema = MovingAverage(model, decay=args.model_ema_decay, device=ema_device)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    if args.compile != 'off':
+        model.compile(mode=args.compile)  # in place: names of weights stay, copies for evaluation are not compiled
+    synchronized = distribute(model, device, accum_steps=args.accum_steps) if process.world_size > 1 else model
 
     fingerprint = {
         'data': f'{splits.train.fingerprint()}-{splits.val.fingerprint()}',
@@ -633,6 +656,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         'processes': process.world_size,
         'precision': amp_name(amp_dtype),
         'train_mode': train_mode,
+        'augment': augmented,
         'threads': torch.get_num_threads(),
         'device': device.type,
         'torch': str(torch.__version__),
@@ -653,6 +677,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             'clip_grad': args.clip_grad,
             'accum_steps': args.accum_steps,
             'mixup_fn': mixup_fn,
+            'memory_format': memory_format,
             'train_mode': train_mode,
             'teacher': teacher,
             'seed': args.seed,
@@ -690,9 +715,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     log(
         f'{process.world_size} process{"es" if process.world_size > 1 else ""} on {device.type} in '
-        f'{fingerprint["precision"]}, total batch {total_batch}, learning rate {lr:.3g}'
+        f'{fingerprint["precision"]}, augmentation {augmented}, total batch {total_batch}, learning rate {lr:.3g}'
     )
     return training.train()
+
+
+def report_run(args: argparse.Namespace) -> None:
+    """Makes the report of a run that is over. Whatever goes wrong there is a note, as the run itself is whole."""
+    interrupts = Interrupts()
+    try:
+        with interrupts.installed(), no_children_left():
+            from tools import report  # drawing takes a second to import, and is for the main process only
+
+            made = report.make([Path(args.output_dir)], device=args.device, stop=lambda: bool(interrupts.signal))
+        log(f'Report: {made}')
+    except (Exception, SystemExit) as err:
+        log(f'Note: there is no report ({one_line(err)}); python tools/report.py {args.output_dir} makes one')
 
 
 def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
@@ -741,8 +779,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 raise
             leave_word(get_rank(), str(reason))
             raise reason from None
+    reports = args.report and args.output_dir and not (args.eval or args.only_test_speed) and is_main_process()
     if dist.is_initialized():  # not after an error: the other processes may never come to the same point
         dist.destroy_process_group()
+    if reports:  # once the others are free to leave
+        report_run(args)
     return line
 
 

@@ -24,7 +24,7 @@ FREE_ARGUMENTS = {
     *('checkpoint_every', 'export_safetensors', 'on_nan', 'most_skips', 'timeout', 'test_speed', 'only_test_speed'),
     *('num_workers', 'pin_mem', 'data_path', 'data_layout', 'use_lmdb', 'verify_records', 'device', 'amp'),
     *('train_mode', 'local_rank', 'world_size', 'dist_url', 'batch_size', 'accum_steps'),
-    'model_ema_force_cpu',
+    *('model_ema_force_cpu', 'augment', 'cache_gib', 'report'),
 }  # fmt: skip
 
 
@@ -217,8 +217,8 @@ def compare(
     Args:
         state: the checkpoint.
         args: this run's arguments.
-        fingerprint: of this run: `data`, `total_batch`, `processes`, `precision`, `train_mode`, `threads`, `device`,
-            `torch`.
+        fingerprint: of this run: `data`, `total_batch`, `processes`, `precision`, `train_mode`, `augment`, `threads`,
+            `device`, `torch`.
 
     Returns:
         What must be the same and is not; what need not be, but is worth a note; whether the learning rate changes.
@@ -233,8 +233,13 @@ def compare(
     if not isinstance(known, Mapping):
         notes = [f'the checkpoint is of another program: {line}' for line in differences]
         return [], [*notes, 'the checkpoint does not say with which data and precision it was made'], False
-    for name, words in (('data', 'the data set'), ('precision', 'the precision'), ('train_mode', '--train-mode')):
-        if known.get(name) != fingerprint[name]:
+    for name, words in (
+        ('data', 'the data set'),
+        ('precision', 'the precision'),
+        ('train_mode', '--train-mode'),
+        ('augment', 'augmentation'),
+    ):
+        if known.get(name, 'pil' if name == 'augment' else None) != fingerprint[name]:
             differences.append(f'{words} was {known.get(name)}, is {fingerprint[name]}')
     other_batch = known.get('total_batch') != fingerprint['total_batch']
     notes = []

@@ -11,16 +11,15 @@ from functools import partial
 from typing import Any, NoReturn
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 import checkpoint as ckpt
 from engine import NonFiniteError, train_one_epoch
 from images import ImageDataset
 from interrupts import GO_ON, STOP, Interrupted, Interrupts, requeue
+from loaders import TrainLoader
 from models.evit import KeepRateSchedule
 from output import OutputFolder
 from resume import Parts, Progress, compare, load_state, to_state
-from samplers import TrainBatches
 from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log
 
 MOST_REWINDS = 10  # in an epoch
@@ -56,7 +55,7 @@ class Run:
         *,
         parts: Parts,
         trained: nn.Module,
-        loader: DataLoader,
+        loader: TrainLoader,
         dataset: ImageDataset,
         test: Callable[..., dict[str, float]],
         epoch_options: Mapping[str, Any],
@@ -72,7 +71,7 @@ class Run:
         self.parts = parts
         self.trained = trained
         self.loader = loader
-        self.batches: TrainBatches = loader.batch_sampler  # type: ignore[assignment]
+        self.batches = loader.batch_sampler
         self.dataset = dataset
         self.test = test
         self.epoch_options = epoch_options
@@ -291,7 +290,9 @@ class Run:
         steps = max(progress.tally.losses, 1)
         timing = {
             'epoch': epoch,
+            'train_images': (progress.num_draws or 0) - sum(end - begin for begin, end in progress.stretches()),
             'train_seconds': round(progress.tally.seconds, 3),
+            'data_seconds': round(progress.tally.data_seconds, 3),
             'step_seconds': round(progress.tally.seconds / steps, 6),
             'test_seconds': round(time.perf_counter() - started, 3),
         }

@@ -5,7 +5,8 @@ Datasets", NeurIPS 2022, https://arxiv.org/abs/2210.05958. Where the paper and i
 followed, because its numbers were made with it; such a place is marked "published code". Checkpoints of the published
 code load with `strict=True`.
 
-The file needs torch, timm and einops only, so it can be copied into another project as it is.
+The file needs torch, timm and einops only, so it can be copied into another project as it is. What the paper's
+ablations put in the place of its modules is in ablations.py, which is imported when a model asks for it.
 
 Shapes: B batch, C image channels, H and W the image's height and width, P patch size, N = (H/P)(W/P) patch tokens,
 D embedding width, h heads, d = D/h, T = 1+N+h tokens in attention.
@@ -54,6 +55,9 @@ class SequentialOverlapPatchEmbed(nn.Module):
     Each convolution has half as many output channels as the next one; the last has D. Maps an image (B, C, H, W) to
     its patch tokens (B, N, D) in row-major order, and also returns their grid (H/P, W/P).
 
+    Args:
+        affine: with the two affines, or without.
+
     Raises:
         ValueError: if the patch size is not a power of two from 2 up, if it does not divide the image's height and
             width (`img_size` here, the image itself in `forward`), or if the width cannot be halved often enough.
@@ -68,6 +72,7 @@ class SequentialOverlapPatchEmbed(nn.Module):
         embed_dim: int = 192,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[[], nn.Module] = nn.GELU,
+        affine: bool = True,
     ) -> None:
         super().__init__()
         if patch_size < 2 or patch_size & (patch_size - 1):
@@ -85,9 +90,9 @@ class SequentialOverlapPatchEmbed(nn.Module):
             layers += [nn.Sequential(conv, norm_layer(width_out)), act_layer()]
         if num_convs > 1:  # published code: no GELU after the last convolution, unless it is the only one
             layers.pop()
-        self.pre_affine = Affine(dim=in_chans)
+        self.pre_affine = Affine(dim=in_chans) if affine else nn.Identity()
         self.proj = nn.Sequential(*layers)
-        self.post_affine = Affine(dim=embed_dim)
+        self.post_affine = Affine(dim=embed_dim) if affine else nn.Identity()
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Declares the image size, in pixels. No parameter depends on it."""
@@ -170,12 +175,30 @@ class HeadInteractedAttention(nn.Module):
         return self.proj_drop(torch.cat([prefix + heads.mean(dim=1, keepdim=True), patches], dim=1))
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of tokens, (B, N, in) -> (B, N, out): the matrix product that it is, without a map's layout.
+
+    Its parameters are named, shaped and initialised as a convolution's.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class DynamicAggregationFeedForward(nn.Module):
     """DAFF: a convolutional feed-forward on the patch tokens that re-calibrates the class token. Paper §3.2, eqs. 4, 5.
 
     The class token passes by the convolutions and is multiplied by channel weights made from the mean of the patch
     tokens that leave them. Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape. Any distillation token
     after the class token is treated as that is.
+
+    Args:
+        aggregation: what the channel weights multiply: 'class' the class token, 'all' the patch tokens too, 'none'
+            nothing, so that there are none.
+        shortcut: with the shortcut around the depthwise convolution, or without.
     """
 
     def __init__(
@@ -186,29 +209,42 @@ class DynamicAggregationFeedForward(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         num_prefix_tokens: int = 1,
+        aggregation: str = 'class',
+        shortcut: bool = True,
     ) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
+        self.aggregation = aggregation
+        self.shortcut = shortcut
         # Published code: all three convolutions have a bias, though a norm follows each.
-        self.conv1 = nn.Conv2d(dim, hidden_dim, kernel_size=1)
+        self.conv1 = PointwiseConv(dim, hidden_dim)
         self.bn1 = norm_layer(hidden_dim)
         self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
         self.bn2 = norm_layer(hidden_dim)
-        self.conv3 = nn.Conv2d(hidden_dim, dim, kernel_size=1)
+        self.conv3 = PointwiseConv(hidden_dim, dim)
         self.bn3 = norm_layer(dim)
         self.act = act_layer()
-        self.compress = nn.Linear(dim, dim // 4)
-        self.excitation = nn.Linear(dim // 4, dim)
+        if aggregation != 'none':
+            self.compress = nn.Linear(dim, dim // 4)
+            self.excitation = nn.Linear(dim // 4, dim)
+
+    def aggregate(self, prefix: Tensor, patches: Tensor) -> Tensor:
+        """Class token (B, 1, D) and the patch tokens (B, N, D) that leave the convolutions -> (B, 1+N, D)."""
+        if self.aggregation == 'none':
+            return torch.cat([prefix, patches], dim=1)
+        weight = self.excitation(self.act(self.compress(patches.mean(dim=1, keepdim=True))))  # (B, 1, D); no sigmoid
+        return torch.cat([prefix * weight, patches * weight if self.aggregation == 'all' else patches], dim=1)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        x = rearrange(patches, 'b (h w) d -> b d h w', h=grid[0])  # (B, D, H/P, W/P), channels last in memory
-        x = self.act(self.bn1(self.conv1(x)))  # (B, hidden, H/P, W/P)
-        x = x + self.act(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))  # (B, D, H/P, W/P)
-        patches = rearrange(x, 'b d h w -> b (h w) d')  # (B, N, D)
-        weight = self.excitation(self.act(self.compress(patches.mean(dim=1, keepdim=True))))  # (B, 1, D); no sigmoid
-        return torch.cat([prefix * weight, patches], dim=1)
+        # Maps are tokens seen otherwise, channels last in memory, so that no rearrangement moves anything.
+        to_map = partial(rearrange, pattern='b (h w) d -> b d h w', h=grid[0])
+        to_tokens = partial(rearrange, pattern='b d h w -> b (h w) d')
+        x = self.act(self.bn1(to_map(self.conv1(patches))))  # (B, hidden, H/P, W/P)
+        local = self.act(self.bn2(self.conv2(x)))
+        x = x + local if self.shortcut else local
+        x = self.bn3(to_map(self.conv3(to_tokens(x))))  # (B, D, H/P, W/P)
+        return self.aggregate(prefix, to_tokens(x))
 
 
 class DHVTBlock(nn.Module):
@@ -267,6 +303,9 @@ class DHVT(nn.Module):
     `forward` maps images (B, C, H, W) to logits (B, num_classes), for any H and W that the patch size divides,
     whatever `img_size` was.
 
+    The last eight arguments are for ablations: None leaves the paper's model, other values are described and checked
+    in `ablations.choose_layers`. What they choose takes the place of `embed_layer`, `attn_layer` and `mlp_layer`.
+
     Args:
         img_size: the expected image size in pixels, one number or (height, width); only checked and remembered.
         patch_size: a power of two.
@@ -279,10 +318,15 @@ class DHVT(nn.Module):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         norm_layer: called with a width; LayerNorm with eps 1e-6 by default.
         embed_layer, attn_layer, mlp_layer: the classes of the stem, the attention and the feed-forward.
+        stem, stem_norm: 'sope', 'no-affine' or 'patch'; 'batch' or 'layer'.
+        attention: 'head' or 'plain'.
+        feed_forward, aggregation, shortcut, feed_forward_norm: 'daff', 'mlp', 'split' or 'pool'; 'class', 'all' or
+            'none'; True or False; 'batch' or 'layer'.
+        pos_embed: 'none', or 'learn' for DeiT's: one for each token, which ties the model to `img_size`.
 
     Raises:
         ValueError: for an image size that the patch size does not divide, a width that the heads do not divide, a
-            patch size that is no power of two, no blocks, or an unknown `global_pool`.
+            patch size that is no power of two, no blocks, an unknown `global_pool`, or options that make no model.
     """
 
     num_prefix_tokens = 1
@@ -307,9 +351,33 @@ class DHVT(nn.Module):
         embed_layer: Callable[..., nn.Module] = SequentialOverlapPatchEmbed,
         attn_layer: Callable[..., nn.Module] = HeadInteractedAttention,
         mlp_layer: Callable[..., nn.Module] = DynamicAggregationFeedForward,
+        stem: str | None = None,
+        stem_norm: str | None = None,
+        attention: str | None = None,
+        feed_forward: str | None = None,
+        aggregation: str | None = None,
+        shortcut: bool | None = None,
+        feed_forward_norm: str | None = None,
+        pos_embed: str | None = None,
     ) -> None:
         super().__init__()
         self._check_pool(global_pool)
+        options = {
+            'stem': stem,
+            'stem_norm': stem_norm,
+            'attention': attention,
+            'feed_forward': feed_forward,
+            'aggregation': aggregation,
+            'shortcut': shortcut,
+            'feed_forward_norm': feed_forward_norm,
+        }
+        asked = {name: value for name, value in options.items() if value is not None}
+        if asked:
+            from .ablations import choose_layers
+
+            embed_layer, attn_layer, mlp_layer = choose_layers(**asked)  # type: ignore[arg-type]
+        if pos_embed not in (None, 'none', 'learn'):
+            raise ValueError(f"pos_embed must be 'none' or 'learn', not {pos_embed!r}")
         if depth < 1:
             raise ValueError(f'depth must be at least 1, not {depth}')
         self.num_classes = num_classes
@@ -344,6 +412,11 @@ class DHVT(nn.Module):
 
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(self._init_weights)
+        self.has_positions = pos_embed == 'learn'
+        if self.has_positions:
+            num_patches: int = self.patch_embed.num_patches  # type: ignore[assignment]
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + num_patches, embed_dim))
+            trunc_normal_(self.pos_embed, std=0.02)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -371,7 +444,7 @@ class DHVT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that sort parameters into layers, for layer-wise learning rates."""
         return {
-            'stem': r'^cls_token|^dist_token|^patch_embed',
+            'stem': r'^cls_token|^dist_token|^pos_embed|^patch_embed',
             'blocks': [(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
         }
 
@@ -399,13 +472,33 @@ class DHVT(nn.Module):
         return head.to(device=old.device, dtype=old.dtype)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Declares another image size, in pixels. Nothing has to be resampled: no parameter depends on it."""
+        """Declares another image size, in pixels. Nothing has to be resampled: no parameter depends on it.
+
+        Raises:
+            ValueError: if the patch size does not divide it, or the model has a position embedding.
+        """
+        if self.has_positions:
+            side: int = self.patch_embed.patch_size  # type: ignore[assignment]
+            self._refuse_grid(*(length // side for length in to_2tuple(img_size)))
         self.patch_embed.set_input_size(img_size)  # type: ignore[operator]
+
+    def _refuse_grid(self, height: int, width: int) -> None:
+        """Raises ValueError for a grid that the position embedding is not for."""
+        own: Grid = self.patch_embed.grid_size  # type: ignore[assignment]
+        if (height, width) != own:
+            raise ValueError(
+                f'the position embedding is for {own[0]}x{own[1]} patches, not {height}x{width}: keep the image size, '
+                'or leave out pos_embed'
+            )
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
         patches, grid = self.patch_embed(x)
         prefix = self._prefix_tokens().expand(patches.shape[0], -1, -1)
-        return torch.cat([prefix, patches], dim=1), grid  # (B, 1+N, D)
+        tokens = torch.cat([prefix, patches], dim=1)  # (B, 1+N, D)
+        if self.has_positions:
+            self._refuse_grid(*grid)
+            tokens = tokens + self.pos_embed
+        return tokens, grid
 
     def _prefix_tokens(self) -> Tensor:
         return self.cls_token

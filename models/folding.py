@@ -1,4 +1,4 @@
-"""BatchNorms folded into the convolutions before them, for inference. The file needs torch and timm only."""
+"""BatchNorms folded into the convolutions before them, for inference. The file needs dhvt.py beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from itertools import pairwise
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .dhvt import PointwiseConv
 
 __all__ = ['fold_batchnorm']
 
@@ -39,7 +41,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
     # Other classes of convolutions may do more than convolve: some standardise their weights first.
-    if type(conv) is not nn.Conv2d or not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+    if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, PointwiseConv):
+        return False
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
         return False
     return (
         type(norm) in FOLDABLE

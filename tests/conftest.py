@@ -20,6 +20,7 @@ SMALL_MODEL = ['--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim
 PLAIN = [
     *('--no-aug', '--mixup', '0', '--cutmix', '0', '--no-repeated-aug', '--drop-path', '0', '--no-model-ema'),
     *('--warmup-epochs', '0', '--num_workers', '0', '--device', 'cpu', '--amp', 'off', '--input-size', '16'),
+    '--no-report',
 ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from tests.torture_resume import FLAGS, Case, differences, start, wait  # noqa: 
 from tools import prepare_domainnet  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = Case(epochs=2, batch=256)
+SHORT = Case(epochs=2, batch=256, augment='pil')  # faults are put into how images are read one by one
 BATCHES = 1437 // 256
 _reference: dict[tuple[Case, tuple[str, ...]], Path] = {}
 Fault = Callable[[Path, random.Random], None]
@@ -519,7 +519,7 @@ def other_processes(root: Path, rng: random.Random) -> None:
         _stop_after(steps)
 
     for processes, steps in ((1, 6), (2, 4), (1, 0)):
-        case = Case(processes=processes, epochs=1, batch=64)
+        case = Case(processes=processes, epochs=1, batch=64, augment='pil')
         stop = ('--checkpoint-every', '1')
         children = start(case, folder, *stop, first=lambda steps=steps: watch(steps))  # type: ignore[misc]
         codes = set(wait(children))

@@ -148,7 +148,9 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert last['epoch'] == 2 and last['progress'] is None
     assert before['epoch'] == 1 and before['progress']['batch'] == 4 and before['progress']['done'] == 1024
     assert [line['epoch'] for line in lines(out / 'timing.txt')] == [0, 1, 2]
-    assert {'train_seconds', 'step_seconds', 'test_seconds'} <= set(lines(out / 'timing.txt')[0])
+    timing = lines(out / 'timing.txt')[0]
+    assert {'train_seconds', 'step_seconds', 'test_seconds'} <= set(timing) and timing['train_images'] == 1280
+    assert 0 < timing['data_seconds'] < timing['train_seconds']
     assert all(line['train_grad_norm'] > 0 for line in lines(out / 'log.txt'))
     assert sorted(path.name for path in out.iterdir()) == [
         *('.lock', 'args.yaml', 'best_checkpoint.pth', 'checkpoint.pth', 'log.txt', 'previous_checkpoint.pth'),

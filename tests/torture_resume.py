@@ -37,6 +37,7 @@ FLAGS = [
     *('--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2'),
     *('--data-set', 'DIGITS', '--input-size', '16', '--lr', '8e-3', '--warmup-epochs', '0', '--drop', '0.1'),
     *('--model-ema-decay', '0.9', '--device', 'cpu', '--auto-resume', '--checkpoint-every', '2', '--dist-eval'),
+    '--no-report',
     *('--timeout', '20'),  # a process that is killed before the group is made is waited for
 ]  # fmt: skip
 
@@ -48,12 +49,14 @@ class Case:
     processes: int = 1
     amp: str = 'off'
     workers: int = 0
+    augment: str = 'batched'  # in the loader processes only if 'pil'
     epochs: int = 2
     batch: int = 64  # in all
 
     def __str__(self) -> str:
         words = 'process' if self.processes == 1 else 'processes'
-        return f'{self.processes} {words}, --amp {self.amp}, {self.workers} workers'
+        how = self.augment if self.augment == 'batched' else f'{self.augment} in {self.workers} workers'
+        return f'{self.processes} {words}, --amp {self.amp}, augmentation {how}'
 
 
 def free_port() -> int:
@@ -72,7 +75,15 @@ def start(case: Case, folder: Path, *more: str, first: Callable[[], object] = in
         first: called in each process before it begins.
     """
     flags = [*FLAGS, '--amp', case.amp, '--epochs', str(case.epochs), '--output_dir', str(folder)]
-    flags += ['--num_workers', str(case.workers), '--batch-size', str(case.batch // case.processes), *more]
+    flags += [
+        '--num_workers',
+        str(case.workers),
+        '--augment',
+        case.augment,
+        '--batch-size',
+        str(case.batch // case.processes),
+        *more,
+    ]
     port = free_port()
     sys.stdout.flush()
     children = []
@@ -177,6 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--processes', type=int, nargs='+', default=[1, 2])
     parser.add_argument('--amp', nargs='+', default=['off', 'bf16'])
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 2])
+    parser.add_argument('--augment', nargs='+', default=['pil', 'batched'], help='batched has no loader processes')
     parser.add_argument('--epochs', type=int, default=2)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--keep', type=Path, help='work here, and keep the runs')
@@ -186,8 +198,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rng = random.Random(args.seed)
-    for processes, amp, workers in itertools.product(args.processes, args.amp, args.workers):
-        case = Case(processes=processes, amp=amp, workers=workers, epochs=args.epochs)
+    augmentations = [(how, n) for how in args.augment for n in (args.workers if how == 'pil' else [0])]
+    for processes, amp, (augment, workers) in itertools.product(args.processes, args.amp, augmentations):
+        case = Case(processes=processes, amp=amp, workers=workers, augment=augment, epochs=args.epochs)
         root = Path(tempfile.mkdtemp(dir=args.keep))
         print(torture(case, root, kills=args.kills, rng=rng), flush=True)
         if args.keep is None:

@@ -1,6 +1,13 @@
 """Draws what a trained model looks at.
 
+    python tools/visualize.py attention CHECKPOINT IMAGE [IMAGE …] [--layers 2 5 8 11] [--size H W] --out FILE
     python tools/visualize.py evit-mask CHECKPOINT IMAGE [IMAGE …] --out mask.png
+
+`attention` shows for each image, in a row for each chosen layer: the attention that the class token and each head token
+pay to the patch tokens, over the image; the map of the attention of all tokens (a row each) to all, with the head
+tokens at the right-hand side and at the bottom; and DAFF's channel weights. Attention is the mean over the heads; each
+picture has its own range of colours, and class and head tokens are drawn broader than the patches. Any size that the
+patch size divides will do, rectangles too. Of models without head tokens (DeiT) it shows the rest.
 
 `evit-mask` shows for each image, in a row for each shrinking block, which patches are still kept (as they are), which
 are fused into one token (dimmed) and which are dropped (dark).
@@ -8,27 +15,35 @@ are fused into one token (dimmed) and which are dropped (dark).
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from timm.layers import to_2tuple
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as pixels_to
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as ckpt
 from datasets import build_transform
 from factory import keeps_tokens_by_rate
-from flags import PART, FlagParser, one_line_errors
+from flags import COUNT, FROM_ONE, PART, FlagParser, one_line_errors
 from images import decode
 from main import build_model, parse_args, stored_flags
+from models.dhvt import DHVT
 from models.evit import EViT
-from utils import InputError, UsageError
+from utils import InputError, UsageError, one_line
 
 KEPT, FUSED, DROPPED = 0, 1, 2
 NAMES = {KEPT: 'kept', FUSED: 'fused', DROPPED: 'dropped'}
@@ -38,13 +53,234 @@ MARGIN, LABEL = 6, 16  # pixels
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser('visualize.py', description='Draw what a trained model looks at.')
-    parser.add_argument('what', choices=('evit-mask',))
+    parser.add_argument('what', choices=('attention', 'evit-mask'))
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of main.py, path or URL')
     parser.add_argument('images', nargs='+', metavar='IMAGE', type=os.path.abspath)
-    parser.add_argument('--out', default='evit-mask.png', type=os.path.abspath, help='the PNG to write')
-    parser.add_argument('--base_keep_rate', type=PART, help="in place of the checkpoint's, as is --fuse_token")
-    parser.add_argument('--fuse_token', action='store_true', help='fuse in place of dropping')
+    parser.add_argument('--out', type=os.path.abspath, help='the PNG to write (attention.png, evit-mask.png)')
+    group = parser.add_argument_group('attention')
+    group.add_argument('--layers', nargs='+', type=COUNT, help='blocks, counted from 0; the last of each quarter')
+    group.add_argument('--size', nargs=2, type=FROM_ONE, metavar=('H', 'W'), help="pixels; the checkpoint's")
+    group = parser.add_argument_group('evit-mask')
+    group.add_argument('--base_keep_rate', type=PART, help="in place of the checkpoint's, as is --fuse_token")
+    group.add_argument('--fuse_token', action='store_true', help='fuse in place of dropping')
     return parser
+
+
+def restore(path: str, state: Mapping[str, Any], further: Sequence[str] = ()) -> tuple[nn.Module, argparse.Namespace]:
+    """The model of a checkpoint, in eval mode, and the flags of its run that say what it is.
+
+    Args:
+        path: the checkpoint's name.
+        state: what it holds.
+        further: flags that win.
+    """
+    weights = ckpt.model_weights(state, path)
+    args = parse_args(
+        [*stored_flags(ckpt.stored_args(state)), *further, '--mixup', '0', '--cutmix', '0']  # for any batch size
+    )
+    head = weights.get('head.weight')
+    model = build_model(args, None if head is None else len(head))
+    ckpt.load_whole(model, weights, path)
+    return model.eval(), args
+
+
+def read_image(path: str) -> Image.Image:
+    """An image as RGB.
+
+    Raises:
+        InputError: if it cannot be decoded.
+    """
+    try:
+        return decode(Path(path).read_bytes())
+    except ValueError as err:
+        raise InputError(f'{path} cannot be read as an image ({err})') from None
+
+
+def write_png(path: str, save: Any) -> Path:
+    out = Path(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ckpt.write_file(out, save)
+    return out
+
+
+# Attention
+
+
+class Seen(NamedTuple):
+    """What one forward pass did in each block: P class and distillation tokens, N patches, h head tokens or none."""
+
+    attention: list[Tensor]  # (B, h, T, T), each row a token's attention to all; T = P+N+h
+    channels: list[Tensor | None]  # DAFF's channel weights (B, D)
+    grid: tuple[int, int]  # (H/P, W/P), N patches in row-major order
+    num_prefix: int
+
+
+@torch.no_grad()
+def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
+    """Runs a model on images (B, C, H, W) and returns the attention and the channel weights of that pass.
+
+    The weights are the softmax of the queries and keys that the pass itself made, which the fused kernels do not show.
+    """
+    made: dict[tuple[str, int], Tensor] = {}
+
+    def keep(key: tuple[str, int], module: nn.Module, inputs: Any, output: Tensor) -> None:
+        made[key] = output
+
+    hooks = []
+    blocks: Any = model.blocks
+    for number, block in enumerate(blocks):
+        hooks.append(block.attn.qkv.register_forward_hook(partial(keep, ('qkv', number))))
+        if hasattr(block.mlp, 'excitation'):
+            hooks.append(block.mlp.excitation.register_forward_hook(partial(keep, ('channels', number))))
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    attention, channels = [], []
+    for number, block in enumerate(blocks):
+        attn = block.attn
+        q, k, _ = rearrange(made['qkv', number], 'b t (qkv h d) -> qkv b h t d', qkv=3, h=attn.num_heads)
+        if isinstance(model, VisionTransformer):
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        attention.append(((q @ k.transpose(-2, -1)) * attn.scale).softmax(dim=-1))
+        weight = made.get(('channels', number))
+        channels.append(None if weight is None else weight[:, 0])
+    patch: Any = model.patch_embed
+    sides = to_2tuple(patch.patch_size)
+    grid = images.shape[-2] // sides[0], images.shape[-1] // sides[1]
+    return Seen(attention, channels, grid, int(model.num_prefix_tokens))
+
+
+def load_attentive(path: str, size: tuple[int, int] | None) -> tuple[DHVT | VisionTransformer, tuple[int, int]]:
+    """The DHVT or DeiT of a checkpoint, in eval mode, and the size of its images (height, width) in pixels.
+
+    Args:
+        size: another one than the checkpoint's.
+
+    Raises:
+        InputError: if the checkpoint is of another model.
+        UsageError: if the model cannot have that size.
+    """
+    state = ckpt.load(path)
+    name = ckpt.stored_args(state).get('model')
+    if keeps_tokens_by_rate(str(name)):
+        raise InputError(f'{path} is of an EViT, whose patches move from layer to layer: draw evit-mask')
+    if name is None:
+        raise InputError(f'{path} does not say which model it is of')
+    model, args = restore(path, state)
+    if not isinstance(model, (DHVT, VisionTransformer)):
+        raise InputError(f'{path} is of {name}, which has no such attention: a DHVT or a DeiT is needed')
+    size = size or (args.input_size, args.input_size)
+    sides = to_2tuple(model.patch_embed.patch_size)
+    if size[0] % sides[0] or size[1] % sides[1]:
+        raise UsageError(f'--size {size[0]} {size[1]}: {name} needs multiples of its patch size, {sides[0]}')
+    if size != (args.input_size, args.input_size):
+        try:
+            model.set_input_size(size)  # of a DeiT the position embedding is resampled
+        except ValueError as err:
+            raise UsageError(f'--size {size[0]} {size[1]}: {one_line(err)}') from None
+    return model, size
+
+
+def choose_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
+    """The layers that were asked for, or the last of each quarter: 2, 5, 8 and 11 of twelve.
+
+    Raises:
+        UsageError: if the model has not so many.
+    """
+    chosen = sorted(set(layers or (max(depth * quarter // 4 - 1, 0) for quarter in (1, 2, 3, 4))))
+    if chosen[-1] >= depth:
+        raise UsageError(f'--layers {chosen[-1]}: the model has layers 0 to {depth - 1}')
+    return chosen
+
+
+def draw_attention(file: Any, pictures: Sequence[Image.Image], seen: Sequence[Seen], layers: Sequence[int]) -> None:
+    """Writes the sheet as a PNG: below each other, a block for each picture with a row for each layer."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    head_tokens = seen[0].attention[0].shape[-1] - seen[0].num_prefix - seen[0].grid[0] * seen[0].grid[1]
+    aggregates = any(weight is not None for weight in seen[0].channels)
+    titles = ['class token', *(f'head token {number}' for number in range(1, head_tokens + 1))]
+    titles += ['attention map', *['channel weights'] * aggregates]
+    tile, aspect = 1.25, pictures[0].width / pictures[0].height  # inches of height
+    maps = 1 + head_tokens
+    ratios = [1.5 * aspect, *[aspect] * maps, 1.0, *[1.3] * aggregates]
+    figure = pyplot.figure(
+        figsize=(tile * sum(ratios) + 1.0, len(pictures) * (len(layers) * tile + 0.45)),
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02),
+    )
+    blocks = figure.subfigures(len(pictures), 1, squeeze=False)[:, 0]
+    for block, picture, one in zip(blocks, pictures, seen, strict=True):
+        places = block.add_gridspec(len(layers), len(ratios), width_ratios=ratios)
+        axes = block.add_subplot(places[:, 0])
+        axes.imshow(picture)
+        axes.set_axis_off()
+        axes.set_title(f'image, {one.grid[0]}x{one.grid[1]} patches', fontsize=8)
+        grey = np.asarray(picture.convert('L'))
+        extent = (0, picture.width, picture.height, 0)
+        for row, layer in enumerate(layers):
+            mean = one.attention[layer][0].mean(dim=0).numpy()  # (T, T)
+            tokens = [0, *range(len(mean) - head_tokens, len(mean))]
+            patches = slice(one.num_prefix, len(mean) - head_tokens)
+            for column, token in enumerate(tokens, 1):
+                axes = block.add_subplot(places[row, column])
+                axes.imshow(grey, cmap='gray', extent=extent)
+                heat = mean[token, patches].reshape(one.grid)
+                axes.imshow(heat, cmap='inferno', alpha=0.65, interpolation='bicubic', extent=extent)
+                axes.set(xticks=[], yticks=[])
+                if column == 1:
+                    axes.set_ylabel(f'layer {layer}', fontsize=8)
+                if row == 0:
+                    axes.set_title(titles[column - 1], fontsize=8)
+            axes = block.add_subplot(places[row, maps + 1])
+            broad = max(len(mean) // 40, 1)  # a few tokens among hundreds would not be seen
+            counts = np.full(len(mean), 1)
+            counts[: patches.start] = counts[patches.stop :] = broad
+            shown = mean.repeat(counts, axis=0).repeat(counts, axis=1)
+            axes.imshow(shown, cmap='viridis', vmin=0, vmax=np.quantile(mean, 0.995), interpolation='nearest')
+            for edge in (patches.start * broad - 0.5, len(shown) - head_tokens * broad - 0.5):
+                axes.axvline(edge, color='white', linewidth=0.6)
+                axes.axhline(edge, color='white', linewidth=0.6)
+            axes.set(xticks=[], yticks=[])
+            if row == 0:
+                axes.set_title(titles[maps], fontsize=8)
+            weight = one.channels[layer]
+            if weight is not None:
+                axes = block.add_subplot(places[row, maps + 2])
+                values = weight[0].numpy()
+                axes.bar(range(len(values)), values, width=1.0, color='#4c78a8')
+                axes.axhline(0, color='black', linewidth=0.5)
+                axes.set(xticks=[], xlim=(-0.5, len(values) - 0.5))
+                axes.tick_params(labelsize=6, pad=1)
+                axes.yaxis.tick_right()
+                if row == 0:
+                    axes.set_title(titles[-1], fontsize=8)
+    figure.savefig(file, format='png', dpi=110)
+    pyplot.close(figure)
+
+
+def attention(args: argparse.Namespace) -> None:
+    model, (height, width) = load_attentive(args.checkpoint, tuple(args.size) if args.size else None)
+    layers = choose_layers(args.layers, len(model.blocks))
+    pictures, seen = [], []
+    scale = max(1, -(-240 // height))  # shown in more detail than the model sees
+    for path in args.images:
+        image = read_image(path)
+        fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)  # the largest part of that shape
+        pixels = pixels_to.to_dtype(pixels_to.pil_to_tensor(fitted), scale=True)
+        seen.append(look(model, pixels_to.normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)[None]))
+        pictures.append(ImageOps.fit(image, (width * scale, height * scale), Image.Resampling.BICUBIC))
+    out = write_png(args.out or 'attention.png', lambda file: draw_attention(file, pictures, seen, layers))
+    print(f'{out}: {len(pictures)} images of {height}x{width} px, layers {", ".join(map(str, layers))}')
+
+
+# EViT
 
 
 def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> tuple[EViT, int]:
@@ -54,25 +290,13 @@ def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> t
         InputError: if the checkpoint is not of one.
     """
     state = ckpt.load(path)
-    weights = ckpt.model_weights(state, path)
-    stored = ckpt.stored_args(state)
-    if not keeps_tokens_by_rate(str(stored.get('model'))):
-        raise InputError(
-            f'{path} is not of an EViT (deit_…_shrink_base) but of {stored.get("model", "an unknown model")}'
-        )
-    args = parse_args(
-        [
-            *stored_flags(stored),
-            *([] if base_keep_rate is None else [f'--base_keep_rate={base_keep_rate}']),
-            *(['--fuse_token'] if fuse_token else []),
-            *('--mixup', '0', '--cutmix', '0'),  # with which any batch size is right
-        ]
-    )
-    head = weights.get('head.weight')
-    model = build_model(args, None if head is None else len(head))
-    ckpt.load_whole(model, weights, path)
+    name = ckpt.stored_args(state).get('model', 'an unknown model')
+    if not keeps_tokens_by_rate(str(name)):
+        raise InputError(f'{path} is not of an EViT (deit_…_shrink_base) but of {name}')
+    rate = [] if base_keep_rate is None else [f'--base_keep_rate={base_keep_rate}']
+    model, args = restore(path, state, [*rate, *(['--fuse_token'] if fuse_token else [])])
     assert isinstance(model, EViT)
-    return model.eval(), args.input_size
+    return model, args.input_size
 
 
 @torch.no_grad()
@@ -124,6 +348,22 @@ def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]]
     return sheet
 
 
+def evit_mask(args: argparse.Namespace) -> None:
+    model, size = load_evit(args.checkpoint, base_keep_rate=args.base_keep_rate, fuse_token=args.fuse_token)
+    transform = build_transform(train=False, input_size=size)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    pictures, states = [], []
+    for path in args.images:
+        image: Tensor = transform(read_image(path))  # (3, S, S)
+        states.append(find_states(model, image[None]))
+        pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
+        pictures.append(pixels.permute(1, 2, 0).numpy())
+    if not states[0]:
+        raise UsageError('no block of this model drops tokens: give a --base_keep_rate below 1')
+    out = write_png(args.out or 'evit-mask.png', lambda file: draw(pictures, states).save(file, 'PNG'))
+    print(f'{out}: {len(pictures)} images, blocks {", ".join(map(str, states[0]))}')
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the program.
 
@@ -132,24 +372,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = get_args_parser().parse_args(argv)
     with one_line_errors('visualize.py'):
-        model, size = load_evit(args.checkpoint, base_keep_rate=args.base_keep_rate, fuse_token=args.fuse_token)
-        transform = build_transform(train=False, input_size=size)
-        mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-        pictures, states = [], []
-        for path in args.images:
-            try:
-                image: Tensor = transform(decode(Path(path).read_bytes()))  # (3, S, S)
-            except ValueError as err:
-                raise InputError(f'{path} cannot be read as an image ({err})') from None
-            states.append(find_states(model, image[None]))
-            pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
-            pictures.append(pixels.permute(1, 2, 0).numpy())
-        if not states[0]:
-            raise UsageError('no block of this model drops tokens: give a --base_keep_rate below 1')
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        ckpt.write_file(out, lambda file: draw(pictures, states).save(file, 'PNG'))
-        print(f'{out}: {len(pictures)} images, blocks {", ".join(map(str, states[0]))}')
+        given = {'--layers': args.layers, '--size': args.size}
+        if args.what == 'attention':
+            given = {'--base_keep_rate': args.base_keep_rate, '--fuse_token': args.fuse_token or None}
+        for flag, value in given.items():
+            if value is not None:
+                raise UsageError(f'{flag} is not for {args.what}')
+        (attention if args.what == 'attention' else evit_mask)(args)
 
 
 if __name__ == '__main__':

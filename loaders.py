@@ -1,0 +1,309 @@
+"""From data sets to batches: loader processes, images that stay on the device, augmentation of whole batches there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
+
+from augment import BatchedAugment
+from datasets import SMALL_IMAGE, Augmentation, AugmentedImages
+from images import ImageDataset
+from interrupts import ignore_signals
+from samplers import Draw, EvalSampler, TrainBatches
+from utils import UsageError, log
+
+Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S), class indices (B,)
+GIB = 2**30
+
+
+class Loader(Protocol):
+    """The batches of an epoch."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class TrainLoader(Loader, Protocol):
+    batch_sampler: TrainBatches
+
+
+class Normalize:
+    """Images uint8 (B, 3, H, W) to float32 with ImageNet's mean and standard deviation, as the transforms do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.mean, self.std = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+
+    def __call__(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+class ImageCache:
+    """A whole data set on the device, uint8 (n, 3, S, S), with its class indices.
+
+    Args:
+        dataset: its transform is replaced by `crop`.
+        crop: from an image to a uint8 tensor (3, S, S), the same each time.
+        device: where the images stay.
+        options: of the DataLoader that reads them, once.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, crop: Callable[..., Any], *, device: torch.device, options: dict[str, Any]
+    ) -> None:
+        dataset.transform = crop
+        images, targets = [], []
+        for part, labels in DataLoader(dataset, batch_size=256, sampler=SequentialSampler(dataset), **options):
+            images.append(part.to(device, non_blocking=True))
+            targets.append(labels.to(device, non_blocking=True))
+        self.images, self.targets = torch.cat(images), torch.cat(targets)
+        self.device = device
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        index = to_device(torch.tensor(indices), self.device)
+        return self.images[index], self.targets[index]
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host's on the device, without a wait for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else values.to(device)
+
+
+def _numbers(draws: Sequence[Draw]) -> Tensor:
+    return torch.from_numpy(np.array(draws, dtype=np.int64).reshape(-1, 3))
+
+
+class CachedTraining:
+    """Training batches out of a cache, augmented on the device: no loader processes.
+
+    Args:
+        cache: the training images.
+        batches: says which are in a batch.
+        augment: from images uint8 (B, 3, S, S) and draws (B, 3) to what the model is trained with.
+    """
+
+    def __init__(self, cache: ImageCache, batches: TrainBatches, augment: Callable[..., Tensor]) -> None:
+        self.cache = cache
+        self.batch_sampler = batches
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for draws in self.batch_sampler:
+            images, targets = self.cache.take([draw.image for draw in draws])
+            yield self.augment(images, _numbers(draws)), targets
+
+
+class AugmentedBatches:
+    """Training batches that loader processes decode and crop, augmented on the device.
+
+    Args:
+        loader: gives uint8 images (B, 3, S, S), by a `TrainBatches`.
+        augment: as for `CachedTraining`.
+        device: where the batches go.
+    """
+
+    def __init__(self, loader: DataLoader, augment: Callable[..., Tensor], device: torch.device) -> None:
+        self.loader = loader
+        self.batch_sampler: TrainBatches = loader.batch_sampler  # type: ignore[assignment]
+        self.augment = augment
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for draws, (images, targets) in zip(self.batch_sampler, self.loader, strict=True):
+            moved = images.to(self.device, non_blocking=True)
+            yield self.augment(moved, _numbers(draws)), targets.to(self.device, non_blocking=True)
+
+
+class CachedEvaluation:
+    """Batches of a cache in the order of the indices, normalised."""
+
+    def __init__(self, cache: ImageCache, indices: Sequence[int], *, batch_size: int) -> None:
+        self.cache = cache
+        self.indices = indices
+        self.batch_size = batch_size
+        self.normalize = Normalize(cache.device)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.indices), self.batch_size):
+            images, targets = self.cache.take(self.indices[start : start + self.batch_size])
+            yield self.normalize(images), targets
+
+
+class Prefetched:
+    """Batches that are on a GPU when they are asked for: the next is copied, and augmented, on a stream of its own.
+
+    Args:
+        loader: whatever gives batches.
+        device: a GPU.
+    """
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self.loader = loader
+        self.batch_sampler = loader.batch_sampler
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = torch.cuda.Stream(self.device)
+        iterator = iter(self.loader)
+
+        def fetch() -> tuple[Batch, torch.cuda.Event] | None:
+            with torch.cuda.stream(stream):
+                batch = next(iterator, None)
+                if batch is None:
+                    return None
+                images, targets = (part.to(self.device, non_blocking=True) for part in batch)
+                return (images, targets), stream.record_event()
+
+        ahead = fetch()
+        while ahead is not None:
+            batch, copied = ahead
+            ahead = fetch()
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            for part in batch:
+                part.record_stream(current)  # so that its memory is not reused while this stream reads it
+            yield batch
+
+
+def _pipeline(augmentation: Augmentation, *, seed: int, exact: bool, device: torch.device) -> Callable[..., Tensor]:
+    """What the device does with a batch.
+
+    Raises:
+        UsageError: if `augment` does not cover it.
+    """
+    if augmentation.no_aug:
+        return Normalize(device)
+    return BatchedAugment(
+        input_size=augmentation.input_size,
+        seed=seed,
+        crop='pad' if augmentation.input_size <= SMALL_IMAGE else 'none',
+        hflip=augmentation.hflip,
+        color_jitter=augmentation.color_jitter,
+        auto_augment=augmentation.auto_augment,
+        interpolation=augmentation.interpolation,
+        re_prob=augmentation.re_prob,
+        re_mode=augmentation.re_mode,
+        re_count=augmentation.re_count,
+        resplit=augmentation.resplit,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        exact=exact,
+    )
+
+
+def build_loaders(
+    train: ImageDataset | None,
+    val: ImageDataset,
+    *,
+    batches: TrainBatches | None,
+    shard: EvalSampler,
+    eval_batch_size: int,
+    augmentation: Augmentation,
+    seed: int,
+    augment: str = 'auto',
+    exact: bool = False,
+    cache_gib: float = 4.0,
+    device: torch.device,
+    workers: int,
+    pin_memory: bool = True,
+    timeout: float = 0.0,
+) -> tuple[TrainLoader | None, Loader, str]:
+    """The loaders of a run, and how training images are augmented: 'none', 'pil', 'batched' or 'batched, exact'.
+
+    Batched augmentation runs on the device; 'auto' chooses it where it knows the policy. Images whose crop is the same
+    each time, which all are at evaluation and up to 32 px, are kept on the device where they fit.
+
+    Args:
+        train, val: the splits, with the transforms of `build_transform`; train is None for evaluation alone.
+        batches: of training.
+        shard: this process's share of evaluation.
+        eval_batch_size: images.
+        augmentation: the pipeline's settings.
+        seed: the run's.
+        augment: 'auto', 'pil' or 'batched'.
+        exact: timm's pixels to the bit, more slowly.
+        cache_gib: memory for images on the device, in GiB.
+        device: where the model is.
+        workers: loader processes.
+        pin_memory: pin batches in host memory, for GPUs.
+        timeout: seconds to wait for a loader process.
+
+    Raises:
+        UsageError: if the policy is not covered by what is asked for.
+    """
+    pin_memory = pin_memory and device.type == 'cuda'
+    options: dict[str, Any] = {
+        'num_workers': workers,
+        'pin_memory': pin_memory,
+        'timeout': timeout if workers else 0,
+        'worker_init_fn': ignore_signals,
+    }
+    room = cache_gib * GIB
+
+    def fits(dataset: ImageDataset) -> bool:
+        nonlocal room
+        needed = len(dataset) * 3 * augmentation.input_size**2
+        if needed > room:
+            return False
+        room -= needed
+        return True
+
+    train_loader: Any = None
+    kind = 'none'
+    if train is not None:
+        assert batches is not None
+        pipeline: Callable[..., Tensor] | None = None
+        if augment != 'pil':
+            try:
+                pipeline = _pipeline(augmentation, seed=seed, exact=exact, device=device)
+            except UsageError as err:
+                if augment == 'batched':
+                    raise
+                log(f'Note: augmentation runs in PIL ({err})')
+        kind = 'pil' if pipeline is None else 'batched, exact' if exact else 'batched'
+        if pipeline is None:
+            erase = RandomErasing(
+                augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device='cpu'
+            )
+            images = AugmentedImages(train, seed=seed, erase=erase if augmentation.resplit else None)
+            train_loader = DataLoader(images, batch_sampler=batches, persistent_workers=workers > 0, **options)
+        else:
+            crop, fixed = augmentation.crop(train=True)
+            if fixed and fits(train):
+                cache = ImageCache(train, crop, device=device, options=options)
+                train_loader = CachedTraining(cache, batches, pipeline)
+            else:
+                train.transform = crop
+                images = AugmentedImages(train, seed=seed)
+                loader: DataLoader = DataLoader(
+                    images, batch_sampler=batches, persistent_workers=workers > 0, **options
+                )
+                train_loader = AugmentedBatches(loader, pipeline, device)
+        if device.type == 'cuda':
+            train_loader = Prefetched(train_loader, device)
+    if train is not None and fits(val):  # an evaluation alone reads each image once anyway
+        cache = ImageCache(val, augmentation.crop(train=False)[0], device=device, options=options)
+        return train_loader, CachedEvaluation(cache, shard.indices, batch_size=eval_batch_size), kind
+    return train_loader, DataLoader(val, sampler=shard, batch_size=eval_batch_size, **options), kind

@@ -1,0 +1,449 @@
+"""Draws runs: `python tools/report.py OUTPUT [OUTPUT …]` makes one HTML file that needs no network, and its PNGs.
+
+Curves, speed, the arguments that differ, mean and spread over seeds, and what the best run's best checkpoint does with
+each test image. main.py makes the report of a run, report.html in its folder, once the run is over.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from sklearn import metrics
+from torchvision.datasets import CIFAR10, CIFAR100
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint as ckpt
+from datasets import DATA_SETS
+from factory import keeps_tokens_by_rate
+from flags import COUNT, FlagParser, one_line_errors
+from images import ImageDataset
+from interrupts import no_children_left
+from main import build_loaders, build_model, explain, load_splits, parse_args, stored_flags
+from output import BEST
+from speed import count_macs
+from tools.report_figures import (
+    FIGURES,
+    MOST_NAMES,
+    choose_colors,
+    draw_classes,
+    draw_confusion,
+    draw_log,
+    thumbnail,
+)
+from tools.report_runs import (
+    LoggedRun,
+    find_differences,
+    group_by_settings,
+    list_facts,
+    printable,
+    read_runs,
+    seed_statistics,
+    show_value,
+)
+from utils import (
+    InputError,
+    Process,
+    Progress,
+    UsageError,
+    default_device,
+    find_amp_dtype,
+    find_device,
+    one_line,
+    shorten,
+)
+
+TEMPLATE = 'report_template.html'
+MOST_PAIRS = 15  # of classes that are confused
+
+
+def get_args_parser() -> FlagParser:
+    parser = FlagParser('report.py', description='Draw runs of main.py: an HTML file with everything inside, and PNGs.')
+    parser.add_argument('folders', nargs='+', metavar='OUTPUT', help="a run's --output_dir")
+    parser.add_argument('--out', help='the HTML file; report.html, in the folder of the run if it is one')
+    parser.add_argument('--no-predictions', action='store_true', help='leave out what needs the checkpoint and images')
+    parser.add_argument('--mistakes', default=24, type=COUNT, help='how many of the most confident mistakes are shown')
+    parser.add_argument('--data-path', type=os.path.abspath, help='where the images are now, if they were moved')
+    parser.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
+    parser.add_argument('--num_workers', type=COUNT, help='loader processes; 10, or fewer where there are fewer cores')
+    return parser
+
+
+def recall(flags: Sequence[str], source: str) -> Any:
+    """The arguments that stored flags come to.
+
+    Raises:
+        InputError: if they are not those of this program.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return parse_args(flags)
+    except SystemExit:
+        raise InputError(f'{source} has flags that main.py refuses: {said.getvalue().strip()}') from None
+
+
+def find_cost(run: LoggedRun, known: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Parameters and multiply-adds of one image; None where the folder does not say what the model is.
+
+    Args:
+        known: what was found before, by the model's arguments.
+
+    Raises:
+        InputError: if the model cannot be built.
+    """
+    data_set = DATA_SETS.get(str(run.args.get('data_set')))
+    num_classes = run.derived.get('nb_classes') or run.args.get('nb_classes') or (data_set and data_set.num_classes)
+    if not run.args.get('model') or not isinstance(num_classes, int):
+        return None
+    flags = [*stored_flags(run.args), '--mixup', '0', '--cutmix', '0']  # with which any batch size is right
+    args = recall(flags, str(run.folder / 'args.yaml'))
+    evit = [args.base_keep_rate, args.fuse_token, args.drop_loc]
+    key = json.dumps([args.model, args.model_kwargs, args.input_size, num_classes, evit], default=str)
+    if key not in known:
+        model = build_model(args, num_classes)
+        try:
+            macs = count_macs(model, (3, args.input_size, args.input_size))
+        except Exception as err:  # the tracer has not heard of every operator of timm's models
+            raise InputError(f'the multiply-adds of {args.model} cannot be counted: {one_line(err)}') from None
+        known[key] = sum(p.numel() for p in model.parameters()), macs
+    return known[key]
+
+
+# What the best checkpoint does with each test image
+
+
+@dataclass
+class Predictions:
+    """A checkpoint's answers to n images.
+
+    `targets` and `predicted` are class indices (n,), `confidence` the probabilities (n,) of the latter, `indices` the
+    images' numbers in `dataset`; `labels` name each class that is a target or an answer.
+    """
+
+    run: LoggedRun
+    dataset: ImageDataset
+    labels: list[str]
+    indices: np.ndarray
+    targets: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    epoch: int
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * float(metrics.accuracy_score(self.targets, self.predicted))
+
+    def matrix(self) -> np.ndarray:
+        """Images by class (row) and answer (column)."""
+        return metrics.confusion_matrix(self.targets, self.predicted, labels=np.arange(len(self.labels)))
+
+    def by_class(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Accuracy and precision of each class in percent, NaN where there are no images, and its images."""
+        precision, recall, _, images = metrics.precision_recall_fscore_support(
+            self.targets, self.predicted, labels=np.arange(len(self.labels)), zero_division=np.nan
+        )
+        return 100 * recall, 100 * precision, images
+
+    def mistakes(self, most: int) -> np.ndarray:
+        """Positions of the wrong answers, the most confident first."""
+        wrong = np.flatnonzero(self.targets != self.predicted)
+        return wrong[np.argsort(-self.confidence[wrong], kind='stable')][:most]
+
+
+def predict(
+    run: LoggedRun,
+    *,
+    data_path: str | None = None,
+    device: str | None = None,
+    num_workers: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Predictions | str:
+    """Evaluates a run's best checkpoint on its test images; where that cannot be, says why.
+
+    Args:
+        data_path: where the images are, if not where the run had them.
+        device, num_workers: as main.py's flags.
+        stop: asked before each batch.
+
+    Raises:
+        InputError: if the checkpoint is damaged, or not of main.py.
+        UsageError: for a device that is not there.
+    """
+    path = str(run.folder / BEST)
+    if not Path(path).exists():
+        return f'{run.name} has no {BEST}' + ('' if run.lines else ': no epoch is whole yet')
+    hint = 'leave it out with --no-predictions'
+    try:
+        state = ckpt.load(path)
+        weights = ckpt.model_weights(state, path)
+        stored = ckpt.stored_args(state)
+        if not isinstance(stored.get('model'), str) or stored.get('data_set') not in DATA_SETS:
+            raise InputError(f'{path} does not say its model and data set: it is not of main.py')
+        flags = [*stored_flags(stored), '--eval', '--finetune', path]
+        for flag, value in (
+            ('--on-bad-image', stored.get('on_bad_image')),
+            ('--timeout', stored.get('timeout')),
+            ('--data-path', data_path),
+            ('--device', device),
+            ('--num_workers', num_workers),
+        ):
+            flags += [] if value is None else [f'{flag}={value}']
+        args = recall(flags, path)
+        names = ckpt.class_names(state, path)
+    except UsageError:
+        raise
+    except InputError as err:
+        raise InputError(f'{err}; {hint}') from None
+    process = Process()
+    chosen = find_device(args.device or default_device(process), process=process)
+    cifar = {'CIFAR': CIFAR100, 'CIFAR10': CIFAR10}.get(args.data_set)
+    if cifar is not None and not args.use_lmdb and not Path(args.data_path, cifar.base_folder).is_dir():
+        return f'{args.data_path} has no {cifar.base_folder}'  # which a report is no reason to download
+    try:
+        splits = load_splits(args, process, names)
+        loader = build_loaders(args, splits, process, chosen)[1]
+    except (InputError, OSError) as err:
+        return f'the images of {args.data_set} cannot be read: {one_line(err)}'
+    try:
+        model = build_model(args, splits.num_classes)
+        ckpt.load_whole(model, weights, path)
+    except InputError as err:
+        raise InputError(f'{one_line(err)}; {hint}') from None
+    keep_rate = state.get('keep_rate') if keeps_tokens_by_rate(args.model) else None
+    try:
+        answers = _answers(
+            model.to(chosen).eval(), loader, chosen, find_amp_dtype(args.amp, chosen),
+            {} if keep_rate is None else {'keep_rate': keep_rate}, stop
+        )  # fmt: skip
+    except (InputError, OSError) as err:
+        return one_line(err)
+    except RuntimeError as err:
+        reason = explain(err, args)
+        if reason is None:
+            raise
+        return str(reason)
+    targets, predicted, confidence = (np.concatenate(part) for part in zip(*answers, strict=True))
+    seen = np.flatnonzero(targets >= 0)  # others cannot be decoded, and the run left them out
+    if not len(seen):
+        return 'there are no test images'
+    classes = [printable(name) for name in splits.val.classes]
+    extra = range(len(classes), max(len(classes), int(predicted[seen].max()) + 1))
+    return Predictions(
+        run,
+        splits.val,
+        [*classes, *(f'output {number}, of no class' for number in extra)],
+        seen,
+        targets[seen],
+        predicted[seen],
+        confidence[seen],
+        int(state.get('epoch', -1)),
+    )
+
+
+@torch.inference_mode()
+def _answers(
+    model: torch.nn.Module,
+    loader: torch.utils.data.DataLoader,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    options: Mapping[str, Any],
+    stop: Callable[[], bool] | None,
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Targets, answers and their probabilities, batch by batch."""
+    found = []
+    for images, targets in Progress(loader, header='Predictions', print_freq=10):
+        if stop is not None and stop():
+            raise InputError('a signal ended the evaluation')
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            logits = model(images.to(device, non_blocking=True), **options)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1])).indices[:, :1]  # of equals, which bfloat16 has, evaluate's choice
+        confidence = logits.softmax(dim=1).gather(1, best)
+        found.append((targets.numpy(), best[:, 0].cpu().numpy(), confidence[:, 0].cpu().numpy()))
+    return found
+
+
+def confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[tuple[str, str, int, float]]:
+    """The commonest pairs of class and wrong answer: their names, their images, and these in percent of the class."""
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind='stable')[:MOST_PAIRS]
+    pairs = [(int(place) // len(labels), int(place) % len(labels)) for place in order]
+    return [
+        (labels[row], labels[column], int(wrong[row, column]), 100 * wrong[row, column] / matrix[row].sum())
+        for row, column in pairs
+        if wrong[row, column]
+    ]
+
+
+# The page
+
+
+def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:
+    """What the page says about predictions."""
+    matrix = found.matrix()
+    accuracy, precision, images = found.by_class()
+    rows = [
+        (label, int(count), None if math.isnan(right) else float(right), None if math.isnan(exact) else float(exact))
+        for label, count, right, exact in zip(found.labels, images, accuracy, precision, strict=True)
+    ]
+    shown = []
+    for position in found.mistakes(mistakes):
+        index = int(found.indices[position])
+        shown.append(
+            {
+                'picture': thumbnail(printable(found.dataset.name(index)), found.dataset.load(index)),
+                'class': found.labels[found.targets[position]],
+                'answer': found.labels[found.predicted[position]],
+                'confidence': 100 * float(found.confidence[position]),
+            }
+        )
+    logged = found.run.result('test_acc1')
+    return {
+        'run': found.run.name,
+        'epoch': found.epoch,
+        'images': int(matrix.sum()),
+        'wrong': int(matrix.sum() - matrix.trace()),
+        'accuracy': found.accuracy,
+        'logged': logged,
+        'num_classes': len(found.labels),
+        'many': len(found.labels) > MOST_NAMES,
+        'pairs': confused_pairs(matrix, found.labels),
+        'classes': rows,
+        'mistakes': shown,
+        'pictures': [
+            draw_confusion(matrix, found.labels), draw_classes(accuracy, found.labels, found.accuracy)
+        ],
+    }  # fmt: skip
+
+
+def _find_notes(run: LoggedRun) -> list[str]:
+    notes = []
+    if not run.is_finished:
+        notes.append(f'{run.name} is not finished: {run.status}')
+    broken = len(list(run.folder.glob('non_finite_*.json')))
+    if broken:
+        notes.append(f'{run.name} has {broken} non_finite_….json: steps whose loss or gradient was no finite number')
+    skipped = sum(run.series('train_skipped_steps')[1])
+    if skipped:
+        notes.append(f'the loss scaler left out {skipped:.0f} steps of {run.name}')
+    return notes
+
+
+def make(
+    folders: Sequence[Path],
+    *,
+    out: Path | None = None,
+    predictions: bool = True,
+    mistakes: int = 24,
+    data_path: str | None = None,
+    device: str | None = None,
+    num_workers: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Path:
+    """Makes a report.
+
+    Args:
+        folders: of the runs.
+        out: the HTML file; its figures go to a folder beside it. report.html by default, in the run's folder if it is
+            one, else here.
+        predictions: evaluate the best checkpoint of the best run.
+        mistakes: how many of its most confident ones are shown.
+        data_path, device, num_workers, stop: as for `predict`.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        InputError: for a folder without a run, or one whose files are damaged.
+        OSError: if the report cannot be written.
+    """
+    runs = read_runs(folders)
+    out = out or (folders[0] / 'report.html' if len(folders) == 1 else Path('report.html'))
+    groups = group_by_settings(runs)
+    choose_colors(groups)
+    notes = [note for run in runs for note in _find_notes(run)]
+    known: dict[str, tuple[int, int]] = {}
+    facts = []
+    for run in runs:
+        cost = None
+        try:
+            cost = find_cost(run, known)
+        except InputError as err:
+            notes.append(f'{run.name}: {one_line(err)}')
+        facts.append(list_facts(run, cost))
+    over_seeds, left_out = seed_statistics(groups)
+    scored = [(result.value, run) for run in runs if (result := run.result('test_acc1')) is not None]
+    best = max(scored, key=lambda entry: entry[0])[1] if scored else runs[0]
+    found: Predictions | str = 'they were not asked for (--no-predictions)'
+    if predictions:
+        found = predict(best, data_path=data_path, device=device, num_workers=num_workers, stop=stop)
+    described = None if isinstance(found, str) else describe_predictions(found, mistakes)
+    pictures = draw_log(runs)
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True
+    ).get_template(TEMPLATE).render(
+        title=runs[0].name if len(runs) == 1 else f'{len(runs)} runs: {shorten(run.name for run in runs)}',
+        runs=runs,
+        best=best,
+        facts=facts,
+        notes=[*notes, *left_out],
+        over_seeds=over_seeds,
+        differences=find_differences(runs) if len(runs) > 1 else {},
+        pictures=pictures,
+        predictions=described,
+        why_not='' if described else found,
+        arguments=[(name, show_value(value)) for name, value in {**runs[0].args, **runs[0].derived}.items()],
+        made=datetime.now().strftime('%Y-%m-%d %H:%M'),
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f'{out.stem}_figures')
+    beside.mkdir(exist_ok=True)
+    drawn = {picture.name: picture for picture in (*pictures, *(described or {'pictures': []})['pictures'])}
+    for name in FIGURES:
+        if name in drawn:
+            ckpt.write_bytes(beside / f'{name}.png', drawn[name].data)
+        else:
+            (beside / f'{name}.png').unlink(missing_ok=True)  # of an earlier report
+    ckpt.write_bytes(out, page.encode('utf-8', 'backslashreplace'))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the program.
+
+    Raises:
+        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
+    """
+    args = get_args_parser().parse_args(argv)
+    with one_line_errors('report.py'), no_children_left():
+        made = make(
+            [Path(folder) for folder in args.folders],
+            out=Path(args.out) if args.out else None,
+            predictions=not args.no_predictions,
+            mistakes=args.mistakes,
+            data_path=args.data_path,
+            device=args.device,
+            num_workers=args.num_workers,
+        )
+        print(f'{made}, and PNGs in {made.stem}_figures')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,265 @@
+"""The figures of report.py, as PNGs in memory. No display is needed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm, to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from tools.report_runs import LoggedRun
+
+FIGURES = ('accuracy', 'loss', 'learning_rate', 'grad_norm', 'keep_rate', 'throughput', 'time', 'confusion', 'classes')
+BLUE, ORANGE, GREY, RED, LIGHT = '#1f5fae', '#d9741a', '#6f7782', '#b8352c', '#b9bfc7'
+MOST_NAMES, MOST_COUNTS = 50, 20  # classes up to which figures have their names, and the confusion matrix numbers
+FROM_ZERO = ('learning_rate', 'keep_rate', 'throughput', 'time')  # figures whose axis begins there
+MOST_IN_LEGEND = 16
+FEW_EPOCHS = 25  # up to which each has a dot
+
+
+@dataclass
+class Picture:
+    """A PNG, or a JPEG of an image."""
+
+    name: str
+    title: str
+    data: bytes
+    kind: str = 'png'
+
+    @property
+    def uri(self) -> str:
+        return f'data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}'
+
+
+class Curve(NamedTuple):
+    """Values by epoch. A figure of one run names its curves by `kind`, one of several by the runs' labels too."""
+
+    run: LoggedRun
+    kind: str
+    points: tuple[list[int], list[float]]
+    color: str
+    style: Any = '-'
+
+
+def thumbnail(name: str, image: Image.Image) -> Picture:
+    """A small copy of an image; images that are small themselves keep their pixels."""
+    image = image.copy()
+    image.thumbnail((160, 160))
+    kind = 'png' if max(image.size) <= 64 else 'jpeg'
+    file = io.BytesIO()
+    image.save(file, kind, **({} if kind == 'png' else {'quality': 85}))
+    return Picture(name, name, file.getvalue(), kind)
+
+
+def choose_colors(groups: dict[str, list[LoggedRun]]) -> None:
+    """Gives runs of the same settings one colour and label, if there are several such groups; else each its own."""
+    runs = [run for group in groups.values() for run in group]
+    units = groups if 1 < len(groups) < len(runs) else {run.name: [run] for run in runs}
+    few = len(units) <= 10
+    palette = colormaps['tab10'](range(10)) if few else colormaps['turbo'](np.linspace(0.05, 0.95, len(units)))
+    for (label, unit), color in zip(units.items(), palette, strict=False):
+        for run in unit:
+            run.color, run.label = to_hex(color), label
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout='constrained')
+    axes = figure.add_subplot()
+    axes.spines[['top', 'right']].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, name: str, title: str) -> Picture:
+    for text in figure.findobj(lambda artist: hasattr(artist, 'set_parse_math')):
+        text.set_parse_math(False)  # type: ignore[attr-defined]  # a dollar in a name is no formula
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the font lacks letters of some scripts
+        figure.savefig(file, format='png', dpi=150)
+    return Picture(name, title, file.getvalue())
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f'{text[: most - 1]}…'
+
+
+def _epoch_axis(axes: Axes, epochs: Iterable[int]) -> None:
+    epochs = sorted(set(epochs))
+    axes.set_xlabel('epoch')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(epochs) == 1:
+        axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+        axes.set_xticks(epochs)
+
+
+def _legend(axes: Axes, entries: Sequence[tuple[str, Line2D]]) -> None:
+    """A legend inside the axes, or beside them if it is long. Entries whose names begin with _ are kept too."""
+    beside = len(entries) > 5
+    place: dict[str, Any] = {'loc': 'upper left', 'bbox_to_anchor': (1.01, 1)} if beside else {'loc': 'best'}
+    lines, names = [line for _, line in entries], [f' {_short(name, 30)}' for name, _ in entries]
+    axes.legend(lines, names, fontsize=8, frameon=False, **place)
+
+
+def draw_curves(name: str, title: str, unit: str, curves: Sequence[Curve]) -> Picture:
+    """Curves by epoch, each with a point at least, in one figure. The best epoch of a single run is marked."""
+    figure, axes = _figure(6.4, 3.5)
+    for curve in curves:
+        epochs, values = curve.points
+        marker = 'o' if len(epochs) <= FEW_EPOCHS else ''
+        size = 3.5 if len(epochs) > 1 else 6
+        axes.plot(epochs, values, color=curve.color, linestyle=curve.style, linewidth=1.4, marker=marker, ms=size)
+    values = [value for curve in curves for value in curve.points[1] if math.isfinite(value)]
+    if name == 'grad_norm' and values and min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale('log')
+    else:
+        axes.ticklabel_format(axis='y', scilimits=(-3, 5), useOffset=False)
+    if name in FROM_ZERO and values:
+        axes.set_ylim(0, max(*values, 1e-9) * 1.08)
+    elif name == 'accuracy':
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.25)
+    _epoch_axis(axes, (epoch for curve in curves for epoch in curve.points[0]))
+
+    runs = {id(curve.run): curve.run for curve in curves}.values()
+    if len(runs) == 1:
+        entries = [(curve.kind, Line2D([], [], color=curve.color, linestyle=curve.style)) for curve in curves]
+        best = next(iter(runs)).result('test_acc1')
+        if name == 'accuracy' and best is not None:
+            star: dict[str, Any] = {'marker': '*', 'color': RED, 'markersize': 10, 'linestyle': ''}
+            axes.plot(best.epoch, best.value, zorder=5, **star)
+            entries.append((f'best: {best.value:.2f} at epoch {best.epoch}', Line2D([], [], **star)))
+    else:
+        colors = {run.color: run.label for run in runs}
+        entries = [(label, Line2D([], [], color=color)) for color, label in colors.items()]
+        if len(entries) > MOST_IN_LEGEND:
+            entries = []
+        kinds = {curve.kind: curve.style for curve in curves}
+        if len(kinds) > 1:
+            entries += [(kind, Line2D([], [], color=GREY, linestyle=style)) for kind, style in kinds.items()]
+    if len(entries) > 1:
+        _legend(axes, entries)
+    return _save(figure, name, title)
+
+
+def draw_times(run: LoggedRun) -> Picture:
+    """Where the seconds of each epoch of one run went, as bars on each other."""
+    figure, axes = _figure(6.4, 3.5)
+    epochs = [line['epoch'] for line in run.timings]
+    train, waits, tests = (
+        np.array([line.get(name, 0.0) for line in run.timings])
+        for name in ('train_seconds', 'data_seconds', 'test_seconds')
+    )
+    floor = np.zeros(len(epochs))
+    for label, seconds, color in (
+        ('training', np.maximum(train - waits, 0), BLUE),
+        ('waiting for data', waits, RED),
+        ('test, moving average', tests, LIGHT),
+    ):
+        axes.bar(epochs, seconds, width=0.8 if len(epochs) < 60 else 1.0, bottom=floor, color=color, label=label)
+        floor = floor + seconds
+    axes.set_ylabel('seconds')
+    axes.set_ylim(0, max(floor.max() * 1.25, 1e-9))
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc='upper left')
+    _epoch_axis(axes, epochs)
+    return _save(figure, 'time', 'Seconds by epoch')
+
+
+def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
+    """The figures of log.txt and timing.txt for which there is something to draw."""
+    alone = len(runs) == 1
+    test, average, train = ('test', BLUE, '-'), ('moving average', ORANGE, '--'), ('train', GREY, ':')
+    panels: list[tuple[str, str, str, dict[str, tuple[str, str, str]]]] = [
+        ('accuracy', 'Test accuracy', '%', {'test_acc1': test, 'ema_test_acc1': average}),
+        ('loss', 'Loss', 'cross-entropy', {'train_loss': train, 'test_loss': test, 'ema_test_loss': average}),
+        ('learning_rate', 'Learning rate', 'after scaling', {'train_lr': train}),
+        ('grad_norm', 'Gradient norm', 'mean, before clipping', {'train_grad_norm': train}),
+        ('keep_rate', 'Keep rate', 'part of the tokens', {'keep_rate': train}),
+        ('throughput', 'Training speed', 'images a second', {'images_per_second': train}),
+        ('time', 'Waiting for data', '% of training time', {'waiting': train}),
+    ]
+    pictures = []
+    for name, title, unit, columns in panels:
+        if alone and name == 'time':
+            continue
+        curves = []
+        for run in runs:
+            for column, (kind, color, style) in columns.items():
+                points = run.series(column)
+                if len(columns) == 1:
+                    color, style = BLUE, '-'
+                if points[0]:
+                    curves.append(Curve(run, kind, points, color if alone else run.color, '-' if alone else style))
+        if curves:
+            pictures.append(draw_curves(name, title, unit, curves))
+    if alone and runs[0].timings:
+        pictures.append(draw_times(runs[0]))
+    return pictures
+
+
+def draw_confusion(matrix: np.ndarray, labels: Sequence[str]) -> Picture:
+    """The confusion matrix, each row by its share of the class; names and counts where there is room for them."""
+    size = len(labels)
+    figure = Figure(figsize=(7.2, 6.4), layout='constrained')
+    axes = figure.add_subplot()
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    # A root shows the few mistakes of a good model beside its diagonal.
+    image = axes.imshow(100 * shares, cmap='Blues', norm=PowerNorm(0.5, 0, 100), interpolation='nearest')
+    figure.colorbar(image, ax=axes, shrink=0.7, label='% of the class', ticks=[0, 1, 5, 20, 50, 100])
+    if size <= MOST_NAMES:
+        font = 9 if size <= 12 else 7 if size <= 30 else 5.5
+        names = [_short(label, 16) for label in labels]
+        axes.set_xticks(range(size), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=font)
+        axes.set_yticks(range(size), names, fontsize=font)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    number = '' if size <= MOST_NAMES else ' (its number)'
+    axes.set_xlabel(f'answer{number}')
+    axes.set_ylabel(f'class{number}')
+    for row, column in np.argwhere(matrix > 0) if size <= MOST_COUNTS else ():
+        color = 'white' if shares[row, column] > 0.3 else 'black'
+        font = 8 if size <= 12 else 6
+        axes.text(column, row, str(matrix[row, column]), ha='center', va='center', color=color, fontsize=font)
+    return _save(figure, 'confusion', 'Confusion matrix')
+
+
+def draw_classes(accuracy: np.ndarray, labels: Sequence[str], mean: float) -> Picture:
+    """Accuracy of each class with images, the worst first.
+
+    Args:
+        accuracy: in percent, NaN where there are no images.
+        mean: of all images, in percent.
+    """
+    order = [int(number) for number in np.argsort(accuracy) if not math.isnan(accuracy[number])]
+    named = len(order) <= MOST_NAMES
+    figure, axes = _figure(7.2, 6.4 if len(order) > 4 else 3.5)
+    text = f'the line is all images, {mean:.1f}%'
+    if named:
+        axes.barh(range(len(order)), accuracy[order], color=BLUE, height=0.75)
+        names = [_short(labels[number], 24) for number in order]
+        axes.set_yticks(range(len(order)), names, fontsize=9 if len(order) <= 20 else 6.5)
+        axes.set_ylim(len(order) - 0.4, -0.6)
+        axes.set_xlim(0, 100)
+        axes.axvline(mean, color=RED, linewidth=1)
+        axes.set_xlabel(f'% right; {text}')
+    else:
+        axes.bar(range(len(order)), accuracy[order], color=BLUE, width=1.0)
+        axes.axhline(mean, color=RED, linewidth=1)
+        axes.set_xlim(-0.5, len(order) - 0.5)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel(f'classes, the worst first; {text}')
+        axes.set_ylabel('% right')
+    return _save(figure, 'classes', 'Accuracy by class')

@@ -1,0 +1,307 @@
+"""Runs as their folders tell them, and beside each other: what report.py writes and draws."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint as ckpt
+from output import BEST, CHECKPOINT, holds_run
+from resume import FREE_ARGUMENTS
+from utils import InputError, UsageError, format_seconds, one_line
+
+# Arguments that cannot change what a run comes to, and those of which `derived` has what they came to.
+SEEN_IN_DERIVED = {'data_path', 'data_layout', 'use_lmdb', 'amp', 'train_mode'}
+NO_MATTER = FREE_ARGUMENTS - {'finetune', 'batch_size', 'accum_steps'} - SEEN_IN_DERIVED
+DERIVED = ('data', 'total_batch', 'precision', 'train_mode')  # that matter beside the arguments
+
+RESULTS = {  # for the statistics over seeds: column of log.txt, and whether the best epoch counts or the last
+    'best test accuracy': ('test_acc1', True),
+    'test accuracy after the last epoch': ('test_acc1', False),
+    'best accuracy of the moving average': ('ema_test_acc1', True),
+    'accuracy of the moving average after the last epoch': ('ema_test_acc1', False),
+}
+
+
+def printable(text: object) -> str:
+    """Text for HTML and figures: names of files may hold bytes that are no characters."""
+    return str(text).encode('utf-8', 'backslashreplace').decode()
+
+
+def show_value(value: Any) -> str:
+    """An argument as people write it."""
+    if isinstance(value, (list, tuple)):
+        shown = [
+            f'{item[0]}={show_value(item[1])}'
+            if isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str)
+            else show_value(item)
+            for item in value
+        ]
+        return ' '.join(shown) or 'none'
+    return printable('not given' if value is None else value if value != '' else 'none')
+
+
+class Best(NamedTuple):
+    value: float
+    epoch: int
+
+
+@dataclass
+class LoggedRun:
+    """A run as its folder tells it.
+
+    `args` are the flags and `derived` what was made of them, empty where the folder does not say. `lines` are those of
+    log.txt and `timings` those of timing.txt, one an epoch that is whole; the latter have two numbers more,
+    `images_per_second` of training and all processes, and `waiting`, the percentage of the training time that went by
+    waiting for data. `color` and `label` are for figures of several runs.
+    """
+
+    folder: Path
+    name: str
+    args: dict[str, Any]
+    derived: dict[str, Any]
+    lines: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    color: str = ''
+    label: str = ''
+
+    @property
+    def planned(self) -> int | None:
+        """Epochs that the run was to have."""
+        epochs = self.args.get('epochs')
+        return epochs + (self.args.get('cooldown_epochs') or 0) if isinstance(epochs, int) else None
+
+    @property
+    def done(self) -> int:
+        return self.lines[-1]['epoch'] + 1 if self.lines else 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.done > 0 and (self.planned is None or self.done >= self.planned)
+
+    @property
+    def status(self) -> str:
+        if self.planned is None:
+            return f'{self.done} epochs'
+        if not self.done:
+            return f'none of {self.planned} epochs is whole'
+        return f'{self.done} of {self.planned} epochs'
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """The epochs that have a value of this name, and the values."""
+        pairs = [(line['epoch'], line[name]) for line in (*self.lines, *self.timings) if name in line]
+        return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+
+    def result(self, name: str, *, best: bool = True) -> Best | None:
+        """The highest value of this name, the first of equals, or the last, and its epoch; None if there is none."""
+        epochs, values = self.series(name)
+        found = [Best(value, epoch) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
+        if not found:
+            return None
+        return max(found, key=lambda entry: entry.value) if best else found[-1]
+
+
+# Reading
+
+
+def _number(value: Any) -> float:
+    """A number of the log, whose infinities and NaNs are words."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    return float(value) if isinstance(value, str) else value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of log.txt or timing.txt in the order of their epochs; none if there is no such file.
+
+    Raises:
+        InputError: for a line that is no JSON object of numbers with an epoch.
+    """
+    if not path.exists():
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    for number, text in enumerate(path.read_text(encoding='utf-8', errors='backslashreplace').splitlines(), start=1):
+        try:
+            line = {name: _number(value) for name, value in json.loads(text).items()}
+            if not isinstance(line['epoch'], int) or line['epoch'] < 0:
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            raise InputError(
+                f'{path}, line {number} is damaged: {text[:40]!r} is not the JSON of an epoch. Take the line out, or '
+                'start the run again with --auto-resume, which writes the file anew'
+            ) from None
+        found[int(line['epoch'])] = line
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def _read_timings(path: Path) -> list[dict[str, Any]]:
+    timings = read_lines(path)
+    for line in timings:
+        seconds = line.get('train_seconds', 0)
+        if seconds > 0 and line.get('train_images', 0) > 0:
+            line['images_per_second'] = line['train_images'] / seconds
+        if seconds > 0 and 'data_seconds' in line:
+            line['waiting'] = 100 * line['data_seconds'] / seconds
+    return timings
+
+
+def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's flags and what was derived of them: from args.yaml, else from a checkpoint, else empty."""
+    path = folder / 'args.yaml'
+    try:
+        args = yaml.safe_load(path.read_text(encoding='utf-8', errors='backslashreplace'))
+    except FileNotFoundError:
+        for name in (BEST, CHECKPOINT):
+            if (folder / name).exists():
+                return dict(ckpt.stored_args(ckpt.load(str(folder / name)))), {}
+        return {}, {}
+    except (yaml.YAMLError, ValueError, RecursionError) as err:
+        raise InputError(f'{path} is damaged: {one_line(err)}') from None
+    derived = args.pop('derived', {}) if isinstance(args, dict) else None
+    if not isinstance(derived, dict) or not all(isinstance(name, str) for name in (*args, *derived)):
+        raise InputError(f'{path} is damaged: it does not hold the flags of a run')
+    return args, derived
+
+
+def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
+    """Reads the folders of runs.
+
+    Raises:
+        UsageError: if one is given twice.
+        InputError: if one holds no run, or a damaged one.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if resolved[number] in resolved[:number]:
+            raise UsageError(f'{folder} is given twice')
+        if not folder.is_dir():
+            raise InputError(f'{folder}: {"not a folder" if folder.exists() else "no such folder"}')
+        if not (folder / 'args.yaml').is_file() and not holds_run(folder):
+            raise InputError(f'{folder} holds no run: give the --output_dir of one')
+    common = Path(os.path.commonpath(resolved)) if len(resolved) > 1 else resolved[0].parent
+    runs = []
+    for folder, whole in zip(folders, resolved, strict=True):
+        name = printable(whole.name if whole == common else whole.relative_to(common))
+        args, derived = _read_args(folder)
+        lines, timings = read_lines(folder / 'log.txt'), _read_timings(folder / 'timing.txt')
+        runs.append(LoggedRun(folder, name, args, derived, lines, timings))
+    return runs
+
+
+# Beside each other
+
+
+def _settings(run: LoggedRun) -> dict[str, str]:
+    """What makes a run's results, apart from the seed, by name."""
+    ignored = NO_MATTER | {'seed'} | (SEEN_IN_DERIVED if run.derived else set())
+    found = {name: value for name, value in run.args.items() if name not in ignored}
+    found |= {name: run.derived[name] for name in DERIVED if name in run.derived}
+    return {name: json.dumps(value, default=str) for name, value in found.items()}
+
+
+def find_differences(runs: Sequence[LoggedRun]) -> dict[str, list[str]]:
+    """The arguments, and what was derived of them, that are not the same for all runs: their values, run by run."""
+    sources = [
+        {**{name: value for name, value in run.args.items() if name not in NO_MATTER}, **run.derived} for run in runs
+    ]
+    names = dict.fromkeys(name for source in sources for name in source)
+    shown = {name: [show_value(source[name]) if name in source else '–' for source in sources] for name in names}
+    return {name: values for name, values in shown.items() if len(set(values)) > 1}
+
+
+def group_by_settings(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
+    """The runs that differ in nothing that counts but the seed, together, under what tells them from the others."""
+    groups: dict[str, list[LoggedRun]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
+    firsts = [group[0] for group in groups.values()]
+    counting = {name for run in firsts for name in _settings(run)}
+    different = {name: values for name, values in find_differences(firsts).items() if name in counting}
+    labels = [
+        ', '.join(f'{name} {values[number]}' for name, values in different.items()) or firsts[number].name
+        for number in range(len(firsts))
+    ]
+    return dict(zip(labels, groups.values(), strict=True))
+
+
+@dataclass
+class SeedStatistics:
+    """One result over the seeds of a group: mean and sample standard deviation (n - 1), best and worst, in percent."""
+
+    group: str
+    result: str
+    seeds: list[str]
+    mean: float
+    deviation: float
+    best: float
+    worst: float
+
+
+def seed_statistics(groups: dict[str, list[LoggedRun]]) -> tuple[list[SeedStatistics], list[str]]:
+    """Statistics of the finished runs of each group with two seeds at least, and notes on what was left out."""
+    found, notes = [], []
+    for label, group in groups.items():
+        counted: dict[str, LoggedRun] = {}
+        for run in group if len(group) > 1 else ():
+            seed = show_value(run.args.get('seed'))
+            if not run.is_finished:
+                notes.append(f'{run.name} is not counted over the seeds, as it is not finished')
+            elif seed in counted:
+                notes.append(f'{run.name} is not counted over the seeds: it is {counted[seed].name} once more')
+            else:
+                counted[seed] = run
+        for result, (name, best) in RESULTS.items():
+            entries = [run.result(name, best=best) for run in counted.values()]
+            values = [entry.value for entry in entries if entry is not None]
+            if len(values) == len(counted) > 1:
+                mean, deviation = statistics.fmean(values), statistics.stdev(values)
+                found.append(SeedStatistics(label, result, [*counted], mean, deviation, max(values), min(values)))
+    return found, notes
+
+
+class Fact(NamedTuple):
+    label: str
+    value: str
+    note: str = ''
+
+
+def _percent(result: Best | None) -> tuple[str, str]:
+    return ('–', '') if result is None else (f'{result.value:.2f}%', f'epoch {result.epoch}')
+
+
+def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
+    """What a run came to: the same entries for each run.
+
+    Args:
+        cost: its model's parameters and multiply-adds, if they are known.
+    """
+    best = run.result('test_acc1')
+    top5 = [line['test_acc5'] for line in run.lines if best and line['epoch'] == best.epoch and 'test_acc5' in line]
+    losses = [run.result(name, best=False) for name in ('train_loss', 'test_loss')]
+    logged = run.result('n_parameters', best=False)
+    parameters = cost[0] if cost else int(logged.value) if logged else None
+    rates, waits = (run.series(name)[1] for name in ('images_per_second', 'data_seconds'))
+    train, tests = (sum(run.series(name)[1]) for name in ('train_seconds', 'test_seconds'))
+    return [
+        Fact('best test accuracy', *_percent(best)),
+        Fact('top-5 at that epoch', f'{top5[0]:.2f}%' if top5 and run.derived.get('nb_classes', 6) > 5 else '–'),
+        Fact('last test accuracy', *_percent(run.result('test_acc1', best=False))),
+        Fact('best moving average', *_percent(run.result('ema_test_acc1'))),
+        Fact('last loss, train / test', ' / '.join('–' if loss is None else f'{loss.value:.4f}' for loss in losses)),
+        Fact('parameters', f'{parameters:,}' if parameters else '–'),
+        Fact('multiply-adds an image', f'{cost[1] / 1e9:.3f} G' if cost else '–'),
+        Fact('images a second', *((f'{statistics.median(rates):,.0f}', 'median') if rates else ('–',))),
+        Fact('waiting for data', *((f'{sum(waits) / train:.1%}', 'of training time') if waits and train else ('–',))),
+        Fact('time', *((format_seconds(train + tests), 'training, test') if train else ('–',))),
+    ]
