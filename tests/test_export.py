@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypa
     refused(2, 'is a file', '--format', 'timm', '--out', tmp_path / 'file')
     refused(2, 'holds other files (1 name (notes.txt))', '--format', 'timm', '--out', tmp_path / 'folder')
     refused(2, 'is a folder', '--format', 'onnx', '--out', tmp_path / 'folder')
+    refused(2, 'is neither a file nor a new name', '--format', 'onnx', '--out', os.devnull)
     refused(2, 'must end in .safetensors', '--format', 'safetensors', '--out', tmp_path / 'x')
     refused(2, 'invalid choice', '--format', 'pickle', '--out', tmp_path / 'x')
     find = importlib.util.find_spec

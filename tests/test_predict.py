@@ -159,6 +159,10 @@ def test_bad_images_are_named_and_skipped(made: Made, tmp_path: Path, capsys: py
     run(made.checkpoint, folder / '2.png', tmp_path / 'absent.png', '--out', tmp_path / 'p.csv', expect=1)
     assert 'none of the 2 inputs could be read' in capsys.readouterr().err
     assert (tmp_path / 'p.csv').read_bytes() == before
+    run(made.checkpoint, good, '--out', os.devnull)
+    assert not Path(os.devnull).is_file()
+    run(made.checkpoint, good, '--out', folder, expect=1)
+    assert f'{folder}: Is a directory' in capsys.readouterr().err
     assert names_in(tmp_path) == ['empty', 'in', 'no.lmdb', 'p.csv']
 
 

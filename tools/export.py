@@ -188,6 +188,8 @@ def check_target(kind: str, out: Path) -> None:
             raise UsageError(f'--out {out} is a file: --format timm writes a folder')
     elif out.is_dir():
         raise UsageError(f'--out {out} is a folder: --format {kind} writes a file')
+    elif out.exists() and not out.is_file():
+        raise UsageError(f'--out {out} is neither a file nor a new name')
     elif kind == 'safetensors' and out.suffix != '.safetensors':
         raise UsageError(f'--out {out}: the name must end in .safetensors, by which it is known when it is read')
 

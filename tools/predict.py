@@ -332,8 +332,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             if args.out:
                 out = Path(args.out)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                ckpt.write_file(out, run_in_file)
+                if out.exists() and not out.is_file():  # a pipe or a device is written to, not replaced
+                    with open(out, 'wb') as file:
+                        run_in_file(file)
+                else:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    ckpt.write_file(out, run_in_file)
             else:
                 if isinstance(sys.stdout, io.TextIOWrapper):
                     sys.stdout.reconfigure(errors='surrogateescape')
