@@ -1,0 +1,95 @@
+"""Every model of this project for torch.hub: `torch.hub.load(FOLDER, 'dhvt_tiny_cifar_patch4', source='local')`.
+
+Arguments go to the model's constructor. `checkpoint`, a path or URL of a file of main.py, gives trained weights, and
+with them the constructor's arguments, the image size and the number of classes, where these are not given.
+"""
+
+import importlib as _importlib
+import importlib.util as _util
+import pathlib as _pathlib
+import sys as _sys
+import types as _types
+import typing as _typing
+
+dependencies = ['torch', 'timm', 'einops', 'safetensors', 'numpy', 'tqdm']
+
+_ROOT = _pathlib.Path(__file__).resolve().parent
+_ALIAS = 'dhvt_hub_models'
+
+
+def _is_ours(module: _types.ModuleType) -> bool:
+    file = getattr(module, '__file__', None)
+    return file is not None and _ROOT in _pathlib.Path(file).resolve().parents
+
+
+def _load_models() -> _types.ModuleType:
+    """The package models, under a name of its own: the program that asks for a model may have another `models`."""
+    loaded = _sys.modules.get('models')
+    if loaded is not None and _is_ours(loaded):
+        return loaded
+    loaded = _sys.modules.get(_ALIAS)
+    if loaded is not None and _is_ours(loaded):
+        return loaded
+    folder = _ROOT / 'models'
+    spec = _util.spec_from_file_location(_ALIAS, folder / '__init__.py', submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None
+    package = _sys.modules[_ALIAS] = _util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
+_models = _load_models()
+
+
+def _import_trained() -> _types.ModuleType:
+    """tools/trained.py, without a trace in sys.modules, where its and its imports' short names may be another's."""
+    ours = {path.stem for path in _ROOT.glob('*.py')} | {'tools', 'models'}
+    found = {name: module for name, module in _sys.modules.items() if name.partition('.')[0] in ours}
+    others = {name: module for name, module in found.items() if not _is_ours(module)}
+    for name in others:
+        del _sys.modules[name]
+    for name, module in list(_sys.modules.items()):
+        if name.partition('.')[0] == _ALIAS:
+            _sys.modules.setdefault('models' + name.removeprefix(_ALIAS), module)
+    _sys.path.insert(0, str(_ROOT))
+    try:
+        return _importlib.import_module('tools.trained')
+    finally:
+        _sys.path.remove(str(_ROOT))
+        for name in list(_sys.modules):
+            if name.partition('.')[0] in ours and (name in others or name not in found):
+                del _sys.modules[name]
+        _sys.modules.update(others)
+
+
+def _entry_point(name: str, create: _typing.Callable[..., _typing.Any]) -> _typing.Callable[..., _typing.Any]:
+    def entry_point(checkpoint: str | None = None, **kwargs: _typing.Any) -> _typing.Any:
+        if checkpoint is None:
+            return create(**kwargs)
+        trained = _import_trained()
+        loaded = trained.ckpt.load(checkpoint)
+        weights = trained.ckpt.model_weights(loaded, checkpoint)
+        stored = trained.ckpt.stored_args(loaded).get('model', name)
+        if stored != name:
+            raise ValueError(f'{checkpoint} is of {stored}, not of {name}')
+        img_size = kwargs.pop('img_size', None)
+        settings = trained.read_settings(loaded, weights, checkpoint, name=name, input_size=img_size)
+        model = create(**{'img_size': settings.input_size, **settings.kwargs, **kwargs})
+        trained.ckpt.load_whole(model, weights, checkpoint)
+        return model.eval()
+
+    entry_point.__name__ = name
+    entry_point.__doc__ = (
+        f'{create.__doc__}\n\nArgs:\n    checkpoint: path or URL of trained weights; the model is then in eval mode.\n'
+        "    **kwargs: the constructor's."
+    )
+    return entry_point
+
+
+def _entry_points() -> dict[str, _typing.Callable[..., _typing.Any]]:
+    modules = [getattr(_models, name) for name in _models.__all__]
+    names = [(module, name) for module in modules for name in module.default_cfgs]
+    return {name: _entry_point(name, getattr(module, name)) for module, name in names}
+
+
+globals().update(_entry_points())

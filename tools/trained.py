@@ -1,0 +1,143 @@
+"""The model of a checkpoint with what is needed to use it: what predict.py, export.py and hubconf.py share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+import checkpoint as ckpt
+from factory import evit_kwargs, new_model
+from models.folding import fold_batchnorm
+from utils import InputError, UsageError
+
+TOLERANCE = 1e-5  # of folding, as a part of the largest logit where that is above 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint says of its model.
+
+    `kwargs` are the constructor's beside the image size, which is `input_size` pixels; `classes` names the head's rows;
+    `mean` and `std` normalise the channels of images in 0..1; `args` are those of the run, empty for bare weights.
+    """
+
+    name: str
+    kwargs: dict[str, Any]
+    input_size: int
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    args: dict[str, Any]
+
+
+def _size_of_head(name: str, weights: Mapping[str, Tensor]) -> int | None:
+    cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+    classifier = cfg.classifier if cfg is not None else None
+    if isinstance(classifier, (list, tuple)):
+        classifier = classifier[0]
+    weight = weights.get(f'{classifier}.weight')
+    return None if weight is None else len(weight)
+
+
+def read_settings(
+    checkpoint: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    source: str,
+    *,
+    name: str | None = None,
+    input_size: int | None = None,
+) -> Settings:
+    """What a checkpoint says of its model.
+
+    Args:
+        weights: the checkpoint's, which say the size of the head.
+        source: the checkpoint's name, for messages.
+        name, input_size: of the model, and pixels, in place of what the checkpoint says, or where it does not.
+
+    Raises:
+        UsageError: if it does not say its model or its size, and the arguments do not either.
+        InputError: if what it says is of another kind than this program writes.
+    """
+    stored = ckpt.stored_args(checkpoint)
+    name = name or stored.get('model')
+    if not isinstance(name, str):
+        raise UsageError(f'{source} does not say which model it is of: give --model NAME and --input-size PIXELS')
+    size = input_size or stored.get('input_size')
+    if not isinstance(size, int):
+        raise UsageError(f'{source} does not say the size of its images: give --input-size PIXELS')
+    try:
+        kwargs = {**dict(stored.get('model_kwargs') or []), **evit_kwargs(stored)}
+    except (TypeError, ValueError):
+        raise InputError(f'{source} has model arguments that are not of this program') from None
+    classes = ckpt.class_names(checkpoint, source) or []
+    head = _size_of_head(name, weights) or stored.get('nb_classes') or len(classes)
+    if head:
+        kwargs['num_classes'] = head
+    # A head with more rows than the data had classes, and checkpoints of other programs, which name none.
+    classes = [*classes, *map(str, range(len(classes), head or 0))]
+    return Settings(name, kwargs, size, classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, stored)
+
+
+def takes_image_size(model: nn.Module) -> bool:
+    """Whether a model's constructor has `img_size`; convolutional networks do without."""
+    constructors = [vars(cls)['__init__'] for cls in type(model).__mro__ if '__init__' in vars(cls)]
+    return any('img_size' in inspect.signature(constructor).parameters for constructor in constructors)
+
+
+def load_trained(
+    source: str, *, ema: bool = False, name: str | None = None, input_size: int | None = None
+) -> tuple[nn.Module, Settings, dict[str, Any]]:
+    """The model of a checkpoint on the CPU, in eval mode, its settings, and the checkpoint.
+
+    Args:
+        source: a path or URL of a file of main.py, of the published codes, or of safetensors.
+        ema: take the moving average of the weights.
+        name, input_size: see `read_settings`.
+
+    Raises:
+        InputError: if the file cannot be read or is of another model.
+        UsageError: if it needs one of the arguments, or has no moving average.
+    """
+    loaded = ckpt.load(source)
+    if ema:
+        if not isinstance(loaded.get('model_ema'), Mapping):
+            raise UsageError(f'--ema: {source} has no moving average of its weights')
+        loaded = {**loaded, 'model': loaded['model_ema']}
+    weights = ckpt.model_weights(loaded, source)
+    settings = read_settings(loaded, weights, source, name=name, input_size=input_size)
+    model = new_model('--model', settings.name, settings.input_size, settings.kwargs)
+    ckpt.load_whole(model, weights, source)
+    return model.eval(), settings, loaded
+
+
+@torch.inference_mode()
+def largest_difference(model: nn.Module, other: nn.Module, images: Tensor) -> tuple[float, float]:
+    """The largest difference of two models' logits, and the largest logit, both as amounts."""
+    expected = model(images)
+    return float((other(images) - expected).abs().max()), float(expected.abs().max())
+
+
+def fold_if_equal(model: nn.Module, input_size: int) -> tuple[nn.Module, float]:
+    """A model with its BatchNorms folded, and the largest difference of its logits on random images.
+
+    The pairs are found by their names, which another's network may use otherwise; so this compares.
+
+    Raises:
+        InputError: if the outputs are not equal up to rounding.
+    """
+    folded = fold_batchnorm(model)
+    images = torch.randn(2, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
+    difference, largest = largest_difference(model, folded, images)
+    if not difference <= TOLERANCE * max(largest, 1.0):
+        raise InputError(
+            f'folding the BatchNorms of this {type(model).__name__} changes its logits by {difference:.2g}: '
+            'its parts are not called in the order that their names say'
+        )
+    return folded, difference
