@@ -191,6 +191,18 @@ def synchronize_stem(model: nn.Module, device: torch.device) -> None:
         model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
 
 
+def recompute_blocks(model: nn.Module, name: str) -> None:
+    """Has the model compute its blocks again in the backward pass.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    try:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    except (AttributeError, AssertionError, TypeError, NotImplementedError):
+        raise UsageError(f'--grad-checkpointing: {name} cannot compute its blocks again') from None
+
+
 def distribute(model: nn.Module, device: torch.device, *, accum_steps: int) -> DistributedDataParallel:
     """The model as the processes of a group train it together.
 

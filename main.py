@@ -31,6 +31,7 @@ from factory import (
     create_teacher,
     distribute,
     keeps_tokens_by_rate,
+    recompute_blocks,
     synchronize_stem,
 )
 from flags import (
@@ -652,7 +653,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
         model_ema = MovingAverage(model, decay=args.model_ema_decay, device=ema_device)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing()  # type: ignore[operator]
+        recompute_blocks(model, args.model)
     if args.compile != 'off':
         model.compile(mode=args.compile)  # in place: names of weights stay, copies for evaluation are not compiled
     synchronized = distribute(model, device, accum_steps=args.accum_steps) if process.world_size > 1 else model

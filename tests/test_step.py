@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ import checkpoint as ckpt
 import models  # noqa: F401
 from datasets import Augmentation, load_digits
 from ema import MovingAverage
-from loaders import CachedEvaluation, CachedTraining, build_loaders
+from factory import recompute_blocks
+from loaders import CachedEvaluation, CachedTraining, Prefetched, build_loaders
 from main import get_args_parser, main, parse_args
 from samplers import EvalSampler, TrainBatches
 from tests.conftest import PLAIN, SMALL_MODEL
@@ -162,18 +164,67 @@ def test_compiled_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     torch._dynamo.reset()
 
 
+def test_drop_path_breaks_no_graph() -> None:
+    model = timm.create_model('dhvt_tiny_cifar_patch4', embed_dim=32, depth=2, num_heads=2, drop_path_rate=0.5)
+    compiled = torch.compile(model.train(), backend='eager', fullgraph=True)
+    assert compiled(torch.randn(4, 3, 32, 32)).shape == (4, 100)
+    torch._dynamo.reset()
+
+
+class Recorded:
+    """Stands in for a CUDA stream or event, and notes what is asked of it."""
+
+    calls: list[str]
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def record_event(self) -> Recorded:
+        Recorded.calls.append('copied')
+        return self
+
+    def wait_event(self, event: Recorded) -> None:
+        Recorded.calls.append('waited')
+
+
+class Batches(list):  # type: ignore[type-arg]
+    batch_sampler = None
+
+
+@pytest.mark.parametrize('count', [0, 1, 3])
+def test_the_next_batch_is_copied_before_one_is_given(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorded.calls = []
+    monkeypatch.setattr(torch.cuda, 'Stream', Recorded)
+    monkeypatch.setattr(torch.cuda, 'current_stream', Recorded)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, 'record_stream', lambda self, stream: Recorded.calls.append('kept'))
+    batches = Batches((torch.full((2,), i), torch.full((2,), -i)) for i in range(count))
+    found = []
+    for images, targets in Prefetched(batches, CPU):
+        Recorded.calls.append('used')
+        found.append((int(images[0]), int(targets[0])))
+    assert found == [(i, -i) for i in range(count)]
+    use = ['waited', 'kept', 'kept', 'used']
+    assert Recorded.calls == (['copied', *(['copied', *use] * (count - 1)), *use] if count else [])
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
         (['--augment', 'pil', '--augment-exact'], '--augment-exact is for batched'),
         (['--compile', 'default', '--model', 'deit_small_patch16_shrink_base'], 'EViT has another number of tokens'),
-        (['--model', 'resnet10t', '--grad-checkpointing', '--compile', 'fast'], 'invalid choice'),
+        ([*DIGITS, '--grad-checkpointing', '--compile', 'fast'], 'invalid choice'),
     ],
 )
 def test_impossible_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(flags)
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_not_every_model_can_compute_its_blocks_again() -> None:
+    with pytest.raises(UsageError, match='linear cannot compute its blocks again'):
+        recompute_blocks(nn.Linear(1, 1), 'linear')
 
 
 def test_step_flags_have_the_published_defaults() -> None:
