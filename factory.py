@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint as ckpt
 from losses import Teacher
 from models import evit  # and all models are registered with timm
+from models.dhvt import PointwiseConv
 from utils import InputError, UsageError, one_line
 
 DEFAULT_TEACHER = 'regnety_160'
@@ -189,6 +190,13 @@ def synchronize_stem(model: nn.Module, device: torch.device) -> None:
     """
     if device.type == 'cuda' and isinstance(getattr(model, 'patch_embed', None), nn.Module):
         model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
+
+
+def put_channels_last(model: nn.Module) -> None:
+    """Lays convolutions' weights out with the channels innermost, as their gradients come from channels-last maps."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and not isinstance(module, PointwiseConv):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def recompute_blocks(model: nn.Module, name: str) -> None:

@@ -31,6 +31,7 @@ from factory import (
     create_teacher,
     distribute,
     keeps_tokens_by_rate,
+    put_channels_last,
     recompute_blocks,
     synchronize_stem,
 )
@@ -580,7 +581,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         log(f'Note: {note}')
     memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
     model = build_model(args, splits.num_classes).to(device)
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if memory_format == torch.channels_last:
+        put_channels_last(model)
     check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes)
     if source:
         weights = ckpt.model_weights(loaded, source)
@@ -644,19 +646,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     train_mode = not args.finetune if args.train_mode is None else args.train_mode
 
+    if args.grad_checkpointing:
+        recompute_blocks(model, args.model)
+    if args.compile != 'off':
+        model.compile(mode=args.compile)  # in place: names of weights stay, and copies of the model are not compiled
+    synchronized: nn.Module = model
     if process.world_size > 1:
         synchronize_stem(model, device)
+        synchronized = distribute(model, device, accum_steps=args.accum_steps)
     optimizer = build_optimizer(args, model, lr, device)
     scheduler = build_scheduler(args, optimizer)
     model_ema = None
     if args.model_ema:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
         model_ema = MovingAverage(model, decay=args.model_ema_decay, device=ema_device)
-    if args.grad_checkpointing:
-        recompute_blocks(model, args.model)
-    if args.compile != 'off':
-        model.compile(mode=args.compile)  # in place: names of weights stay, copies for evaluation are not compiled
-    synchronized = distribute(model, device, accum_steps=args.accum_steps) if process.world_size > 1 else model
 
     fingerprint = {
         'data': f'{splits.train.fingerprint()}-{splits.val.fingerprint()}',

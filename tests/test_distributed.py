@@ -72,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that tells some digits apart, from two processes with a moving average and the recipe's sampler."""
     out = tmp_path_factory.mktemp('trained')
     argv = [flag for flag in DIGITS if flag not in ('--no-repeated-aug', '--no-model-ema')]
-    extra = ['--epochs', '3', '--batch-size', '32', '--lr', '0.03', '--model-ema-decay', '0.9', '--dist-eval']
+    extra = ['--epochs', '3', '--batch-size', '32', '--lr', '0.03', '--model-ema-decay', '0.99', '--dist-eval']
     torchrun(2, [*argv, *extra, '--output_dir', str(out)])
     return out
 
