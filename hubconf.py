@@ -19,7 +19,8 @@ _ALIAS = 'dhvt_hub_models'
 
 def _is_ours(module: _types.ModuleType) -> bool:
     file = getattr(module, '__file__', None)
-    return file is not None and _ROOT in _pathlib.Path(file).resolve().parents
+    # The folder may also hold a virtual environment.
+    return file is not None and _pathlib.Path(file).resolve().parent in (_ROOT, _ROOT / 'models', _ROOT / 'tools')
 
 
 def _load_models() -> _types.ModuleType:

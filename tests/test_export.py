@@ -234,7 +234,8 @@ except ValueError as err:
 else:
     raise SystemExit('another model was accepted')
 assert sys.modules['utils'] is sys.modules['models'] is other and root not in sys.path
-ours = [name for name, module in sys.modules.items() if str(getattr(module, '__file__', '')).startswith(root)]
+files = {name: str(getattr(module, '__file__', '')) for name, module in sys.modules.items()}
+ours = [name for name, file in files.items() if file.startswith(root) and not file.startswith(sys.prefix)]
 assert all(name.split('.')[0] == 'dhvt_hub_models' for name in ours), ours
 """
 
