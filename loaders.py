@@ -22,6 +22,7 @@ from utils import SizedLoader, UsageError, log
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S), class indices (B,)
 GIB = 2**30
+FEW_IMAGES = 4096  # are read faster than loader processes start
 
 
 class TrainLoader(SizedLoader, Protocol):
@@ -74,6 +75,8 @@ class ImageCache:
         self, dataset: ImageDataset, crop: Callable[..., Any], *, device: torch.device, options: dict[str, Any]
     ) -> None:
         dataset.transform = crop
+        if len(dataset) < FEW_IMAGES:
+            options = {**options, 'num_workers': 0, 'timeout': 0}
         images, targets = [], []
         for part, labels in TimedLoader(dataset, batch_size=256, sampler=SequentialSampler(dataset), **options):
             images.append(part.to(device, non_blocking=True))

@@ -19,8 +19,7 @@ import checkpoint as ckpt
 import folder2lmdb
 from datasets import DATA_SETS, build_datasets
 from images import decode
-from main import build_model, build_optimizer, build_scheduler, load_splits, main, parse_args
-from samplers import TrainBatches
+from main import build_model, build_optimizer, build_scheduler, load_splits, main, open_loaders, parse_args
 from tests.conftest import PLAIN, SMALL_MODEL
 from utils import InputError, Process
 
@@ -65,6 +64,7 @@ VALUES: dict[str, list[list[str]]] = {
                 'seed',
             ),
             *('smoothing', 'reprob', 'recount', 'mixup', 'cutmix', 'mixup-prob', 'train-fraction', 'num_workers'),
+            'cache-gib',
             *('start_epoch', 'timeout', 'most-skips', 'distillation-alpha', 'distillation-tau', 'lr-delay-epochs'),
         )
     },
@@ -75,7 +75,10 @@ VALUES: dict[str, list[list[str]]] = {
     'sched': [['cosine'], ['step'], ['poly'], ['tanh'], ['nonsense']],
     'drop_loc': [['1'], ['(3, 6'], ['x'], ['99'], ['1', '2']],
     'aa': [['none'], [''], ['rand-m9'], ['rand-mx'], ['nonsense'], ['original'], ['augmix-m3'], ['rand-n3-p2']],
-    'remode': [['pixel'], ['x']],
+    'remode': [['pixel'], ['const'], ['x']],
+    'augment': [['pil'], ['batched'], ['x']],
+    'compile': [['default'], ['x']],
+    'train-interpolation': [['random'], ['x']],
     'cutmix-minmax': [['0.1', '0.5'], ['0.5', '0.1'], ['0', '0'], ['1'], ['a', 'b']],
     'mixup-mode': [['elem'], ['x']],
     'data-set': [['digits'], ['CIFAR-100'], ['x'], [''], ['FOLDER'], ['inat'], ['sketch']],
@@ -93,7 +96,20 @@ VALUES: dict[str, list[list[str]]] = {
     **{
         name: [[]]
         for name in (
-            *('no-aug', 'resplit', 'eval', 'use-lmdb', 'auto-resume', 'force-resume', 'no-train-mode', 'fuse_token'),
+            *(
+                'no-aug',
+                'resplit',
+                'augment-exact',
+                'grad-checkpointing',
+                'no-tf32',
+                'no-channels-last',
+                'eval',
+                'use-lmdb',
+                'auto-resume',
+                'force-resume',
+                'no-train-mode',
+                'fuse_token',
+            ),
             *('no-repeated-aug', 'verify-records', 'deterministic', 'dist-eval', 'no-model-ema', 'nonsense', 'epoch'),
         )
     },
@@ -126,7 +142,8 @@ def test_any_flags(argv: list[str]) -> None:
     """Everything of a run up to its first step."""
 
     def prepare() -> None:
-        args = parse_args([*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', *argv])
+        plain = [flag for flag in PLAIN if flag != '--no-aug' or '--no-aug' in argv]
+        args = parse_args([*SMALL_MODEL, *plain, '--data-set', 'DIGITS', *argv])
         if args.input_size > 64 or args.data_set in ('CIFAR', 'CIFAR10'):
             return  # too slow, and a download
         if args.resume or args.finetune:
@@ -137,7 +154,9 @@ def test_any_flags(argv: list[str]) -> None:
         scheduler = build_scheduler(args, optimizer)
         scheduler.step(1, 0.0)
         assert splits.train is not None or args.eval
-        TrainBatches(1437, batch_size=args.batch_size, repeated=args.repeated_aug)
+        loader, _, _ = open_loaders(args, splits, Process(), torch.device('cpu'))
+        if loader is not None and not args.num_workers and args.batch_size <= 64:
+            next(iter(loader))
 
     one_line_at_most(prepare)
 
