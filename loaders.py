@@ -11,7 +11,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from augment import BatchedAugment
 from datasets import SMALL_IMAGE, Augmentation, AugmentedImages
@@ -62,27 +62,38 @@ class Normalize:
 
 
 class ImageCache:
-    """A whole data set on the device, uint8 (n, 3, S, S), with its class indices.
+    """Images of a data set on the device, uint8 (n, 3, S, S), with their class indices.
 
     Args:
         dataset: its transform is replaced by `crop`.
+        indices: the images, in this order.
         crop: from an image to a uint8 tensor (3, S, S), the same each time.
+        size: S.
         device: where the images stay.
         options: of the DataLoader that reads them, once.
     """
 
     def __init__(
-        self, dataset: ImageDataset, crop: Callable[..., Any], *, device: torch.device, options: dict[str, Any]
+        self,
+        dataset: ImageDataset,
+        indices: Sequence[int],
+        crop: Callable[..., Any],
+        *,
+        size: int,
+        device: torch.device,
+        options: dict[str, Any],
     ) -> None:
         dataset.transform = crop
-        if len(dataset) < FEW_IMAGES:
+        if len(indices) < FEW_IMAGES:
             options = {**options, 'num_workers': 0, 'timeout': 0}
-        images, targets = [], []
-        for part, labels in TimedLoader(dataset, batch_size=256, sampler=SequentialSampler(dataset), **options):
-            images.append(part.to(device, non_blocking=True))
-            targets.append(labels.to(device, non_blocking=True))
-        self.images, self.targets = torch.cat(images), torch.cat(targets)
+        self.images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=device)
+        self.targets = torch.empty(len(indices), dtype=torch.int64, device=device)
         self.device = device
+        first = 0
+        for images, targets in TimedLoader(dataset, batch_size=256, sampler=indices, **options):
+            self.images[first : first + len(images)].copy_(images, non_blocking=True)
+            self.targets[first : first + len(images)].copy_(targets, non_blocking=True)
+            first += len(images)
 
     def take(self, indices: Sequence[int]) -> Batch:
         index = to_device(torch.tensor(indices), self.device)
@@ -146,20 +157,20 @@ class AugmentedBatches:
 
 
 class CachedEvaluation:
-    """Batches of a cache in the order of the indices, normalised."""
+    """Batches of a cache in its order, normalised."""
 
-    def __init__(self, cache: ImageCache, indices: Sequence[int], *, batch_size: int) -> None:
+    def __init__(self, cache: ImageCache, *, batch_size: int) -> None:
         self.cache = cache
-        self.indices = indices
         self.batch_size = batch_size
         self.normalize = Normalize(cache.device)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.indices) / self.batch_size)
+        return math.ceil(len(self.cache.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.indices), self.batch_size):
-            images, targets = self.cache.take(self.indices[start : start + self.batch_size])
+        for images, targets in zip(
+            self.cache.images.split(self.batch_size), self.cache.targets.split(self.batch_size), strict=True
+        ):
             yield self.normalize(images), targets
 
 
@@ -175,12 +186,14 @@ class Prefetched:
         self.loader = loader
         self.batch_sampler = loader.batch_sampler
         self.device = device
+        self.stream = torch.cuda.Stream(device)  # one for all epochs: memory is reused within a stream only
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = torch.cuda.Stream(self.device)
+        stream = self.stream
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still be filling the cache
         iterator = iter(self.loader)
 
         def fetch() -> tuple[Batch, torch.cuda.Event] | None:
@@ -260,7 +273,7 @@ def build_loaders(
         seed: the run's.
         augment: 'auto', 'pil' or 'batched'.
         exact: timm's pixels to the bit, more slowly.
-        cache_gib: memory for images on the device, in GiB.
+        cache_gib: memory for images on the device, in GiB; at most half of what a GPU has free.
         device: where the model is.
         workers: loader processes.
         pin_memory: pin batches in host memory, for GPUs.
@@ -277,10 +290,13 @@ def build_loaders(
         'worker_init_fn': ignore_signals,
     }
     room = cache_gib * GIB
+    if device.type == 'cuda':
+        room = min(room, torch.cuda.mem_get_info(device)[0] / 2)
+    size = augmentation.input_size
 
-    def fits(dataset: ImageDataset) -> bool:
+    def fits(images: int) -> bool:
         nonlocal room
-        needed = len(dataset) * 3 * augmentation.input_size**2
+        needed = images * 3 * size**2
         if needed > room:
             return False
         room -= needed
@@ -308,8 +324,8 @@ def build_loaders(
             train_loader = TimedLoader(images, batch_sampler=batches, persistent_workers=workers > 0, **options)
         else:
             crop, fixed = augmentation.crop(train=True)
-            if fixed and fits(train):
-                cache = ImageCache(train, crop, device=device, options=options)
+            if fixed and fits(len(train)):
+                cache = ImageCache(train, range(len(train)), crop, size=size, device=device, options=options)
                 train_loader = CachedTraining(cache, batches, pipeline)
             else:
                 train.transform = crop
@@ -318,7 +334,8 @@ def build_loaders(
                 train_loader = AugmentedBatches(loader, pipeline, device)
         if device.type == 'cuda':
             train_loader = Prefetched(train_loader, device)
-    if train is not None and fits(val):  # an evaluation alone reads each image once anyway
-        cache = ImageCache(val, augmentation.crop(train=False)[0], device=device, options=options)
-        return train_loader, CachedEvaluation(cache, shard.indices, batch_size=eval_batch_size), kind
+    if train is not None and fits(len(shard)):  # an evaluation alone reads each image once anyway
+        crop = augmentation.crop(train=False)[0]
+        cache = ImageCache(val, shard.indices, crop, size=size, device=device, options=options)
+        return train_loader, CachedEvaluation(cache, batch_size=eval_batch_size), kind
     return train_loader, TimedLoader(val, sampler=shard, batch_size=eval_batch_size, **options), kind

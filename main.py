@@ -341,6 +341,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError('--augment-exact is for batched augmentation: no --augment pil, and no --no-aug')
     if args.compile != 'off' and keeps_tokens_by_rate(args.model):
         raise UsageError(f'--compile {args.compile}: EViT has another number of tokens from step to step; leave it off')
+    if args.compile in ('reduce-overhead', 'max-autotune') and args.accum_steps > 1:
+        raise UsageError(f"--compile {args.compile} reuses gradients' memory at each batch: no --accum-steps above 1, "
+                         'or --compile default')  # fmt: skip
     if args.eval and args.only_test_speed:
         raise UsageError('--eval and --only_test_speed exclude each other')
     if args.start_epoch >= args.epochs:
@@ -559,13 +562,12 @@ def find_start(args: argparse.Namespace, process: Process, output: OutputFolder)
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Builds everything from the arguments and runs the epochs; returns the last line of the log."""
     process = find_process(os.environ, world_size=args.world_size, local_rank=args.local_rank)
-    set_backends(deterministic=args.deterministic, tf32=args.tf32)
     device = find_device(args.device or default_device(process), process=process)
+    set_backends(deterministic=args.deterministic, tf32=args.tf32 and device.type == 'cuda')
     if device.type == 'cpu':
         keep_freed_memory()
     init_distributed(process, device=device, dist_url=args.dist_url, timeout=args.timeout)
     amp_dtype = find_amp_dtype(args.amp, device)
-    random_seed(args.seed, process.rank)
 
     if args.only_test_speed:
         model = build_model(args, args.nb_classes or DATA_SETS[args.data_set].num_classes).to(device)
@@ -580,6 +582,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for note in splits.notes:
         log(f'Note: {note}')
     memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
+    random_seed(args.seed, process.rank)  # here, so that the weights do not depend on what was drawn for the data
     model = build_model(args, splits.num_classes).to(device)
     if memory_format == torch.channels_last:
         put_channels_last(model)
@@ -747,8 +750,13 @@ def report_run(args: argparse.Namespace) -> None:
 def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
     """What the user can do about an error of PyTorch's, None for one that says nothing about what was given."""
     text = str(err)
+    compiler = sys.modules.get('torch._dynamo.exc')  # not loaded where nothing is compiled
+    if compiler is not None and isinstance(err, compiler.TorchDynamoException):
+        return InputError(f'--compile {args.compile} failed: {one_line(err)}; go on with --compile off')
     if isinstance(err, torch.OutOfMemoryError):
-        return InputError('out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total')
+        return InputError(
+            'out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total; or lower --cache-gib'
+        )
     if 'more than 1 value per channel' in text:
         return UsageError('BatchNorm needs more than one value for each channel: raise --batch-size')
     if 'DataLoader timed out' in text:

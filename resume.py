@@ -139,6 +139,14 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any],
                 )
 
 
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Gives an optimizer's state the memory layout of its parameters, which fused kernels take for granted."""
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule: bool = True) -> Progress:
     """Continues from a checkpoint. Everything is checked before anything is changed.
 
@@ -193,6 +201,7 @@ def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule:
         if parts.model_ema is not None:
             parts.model_ema.module.load_state_dict(average or weights)
         parts.optimizer.load_state_dict(state['optimizer'])
+        _lay_out(parts.optimizer)
         if schedule or plateau:
             _load_schedule(parts.scheduler, state['lr_scheduler'])
         if not schedule:
@@ -239,8 +248,10 @@ def compare(
         ('train_mode', '--train-mode'),
         ('augment', 'augmentation'),
     ):
-        if known.get(name, 'pil' if name == 'augment' else None) != fingerprint[name]:
-            differences.append(f'{words} was {known.get(name)}, is {fingerprint[name]}')
+        before = known.get(name, 'pil' if name == 'augment' else None)  # older checkpoints do not say how
+        if before != fingerprint[name]:
+            remedy = f' (--augment {str(before).partition(",")[0]})' if name == 'augment' else ''
+            differences.append(f'{words} was {before}{remedy}, is {fingerprint[name]}')
     other_batch = known.get('total_batch') != fingerprint['total_batch']
     notes = []
     if other_batch:

@@ -505,6 +505,8 @@ class DHVT(nn.Module):
 
     def _block(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+            if torch.compiler.is_compiling():  # which updates running statistics once, and takes no such contexts
+                return checkpoint(block, x, grid, use_reentrant=False)
             # The recomputation must not update BatchNorm's running statistics a second time.
             return checkpoint(
                 block, x, grid, use_reentrant=False, context_fn=lambda: (nullcontext(), _KeepStatistics(block))

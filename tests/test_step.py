@@ -186,6 +186,9 @@ class Recorded:
     def wait_event(self, event: Recorded) -> None:
         Recorded.calls.append('waited')
 
+    def wait_stream(self, stream: Recorded) -> None:
+        assert not Recorded.calls, 'before the first copy'
+
 
 class Batches(list):  # type: ignore[type-arg]
     batch_sampler = None
@@ -208,10 +211,65 @@ def test_the_next_batch_is_copied_before_one_is_given(count: int, monkeypatch: p
     assert Recorded.calls == (['copied', *(['copied', *use] * (count - 1)), *use] if count else [])
 
 
+def test_recomputed_blocks_can_be_compiled() -> None:
+    """Running statistics are updated once, and gradients are those of the plain model."""
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model('dhvt_tiny_cifar_patch4', embed_dim=32, depth=2, num_heads=2).train()
+        if compiled:
+            model.set_grad_checkpointing()
+            model.compile(backend='aot_eager')
+        model(torch.linspace(-1, 1, 4 * 3 * 32 * 32).view(4, 3, 32, 32)).square().sum().backward()
+        ends.append((model.state_dict(), [p.grad for p in model.parameters()]))
+    (plain, gradients), (other, other_gradients) = ends
+    assert int(other['blocks.0.mlp.bn1.num_batches_tracked']) == 1
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other_gradients, gradients, rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_resume_across_memory_formats(tmp_path: Path) -> None:
+    """AdamW's fused kernel reads its state as it lies: a state of another layout must be laid out anew."""
+    flags = [*DIGITS, *PLAIN, '--batch-size', '256', '--lr', '1e-2', '--opt-eps', '1e-4', '--auto-resume']
+    ends = []
+    for name, first in (('one', '--channels-last'), ('other', '--no-channels-last')):
+        out = ['--output_dir', str(tmp_path / name)]
+        main([*flags, first, '--epochs', '1', '--sched', 'step', *out])
+        main([*flags, '--channels-last', '--epochs', '2', '--sched', 'step', '--force-resume', *out])
+        ends.append(final(tmp_path / name))
+    assert weights_differ(*ends) < 1e-3
+
+
+def test_the_first_weights_do_not_depend_on_the_cache(tmp_path: Path) -> None:
+    flags = [*DIGITS, *PLAIN, '--epochs', '1', '--batch-size', '256', '--lr', '1e-3']
+    for name, more in (('kept', []), ('read', ['--cache-gib', '0']), ('pil', ['--augment', 'pil'])):
+        main([*flags, *more, '--output_dir', str(tmp_path / name)])
+    for name in ('read', 'pil'):
+        assert weights_differ(final(tmp_path / 'kept'), final(tmp_path / name)) == 0
+
+
+def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch._dynamo.exc
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch._dynamo.exc.TorchDynamoException('no C++ compiler\nand a long story')
+
+    monkeypatch.setattr('main.build_optimizer', fails)
+    with pytest.raises(SystemExit) as caught:
+        main([*DIGITS, *PLAIN, '--compile', 'default'])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == (
+        'main.py: error: --compile default failed: no C++ compiler; go on with --compile off\n'
+    )
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
         (['--augment', 'pil', '--augment-exact'], '--augment-exact is for batched'),
+        (['--compile', 'max-autotune', '--accum-steps', '2'], 'no --accum-steps above 1'),
         (['--compile', 'default', '--model', 'deit_small_patch16_shrink_base'], 'EViT has another number of tokens'),
         ([*DIGITS, '--grad-checkpointing', '--compile', 'fast'], 'invalid choice'),
     ],
