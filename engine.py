@@ -192,7 +192,8 @@ def train_one_epoch(
                 **({'skipped': f'{tally.skipped}'} if scaler.is_enabled() else {}),
                 's/step': f'{progress.seconds / (progress.step + 1 - first):.3f}',
             }
-            progress.show(shown, images=images_seen)
+            if tally.losses:  # none before the first step of a run that accumulates
+                progress.show(shown, images=images_seen)
         if group_ends and after_step is not None:
             after_step(progress.step + 1, read)
 
