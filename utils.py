@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import random
 import subprocess
@@ -282,10 +283,17 @@ def share_batchnorm_statistics(model: nn.Module) -> None:
 
 
 def log(message: str) -> None:
-    """Prints a line on the main process, above a progress bar if there is one."""
+    """Prints a line on the main process, above a progress bar if there is one.
+
+    Where standard output is a file on a full disk, the line waits until there is room: a run need not end for it.
+    """
     if is_main_process():
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as err:
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 class SizedLoader(Protocol):

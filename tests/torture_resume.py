@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,9 @@ def start(case: Case, folder: Path, *more: str, first: Callable[[], object] = in
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
+                with suppress(OSError):  # of a full disk: nothing else of this program may run here
+                    sys.stdout.flush()
+                    sys.stderr.flush()
                 os._exit(code)
         children.append(child)
     return children
