@@ -13,5 +13,5 @@ echo '+ ruff'
 echo '+ mypy'
 "$python" -m mypy
 echo '+ pytest'
-# Two processes, as a machine of CI has two cores; a file's tests share what its fixtures make.
-"$python" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+# Two processes, as a machine of CI has two cores.
+"$python" -m pytest -n "${WORKERS:-2}" --dist worksteal "$@"
