@@ -20,7 +20,8 @@ _ALIAS = 'dhvt_hub_models'
 def _is_ours(module: _types.ModuleType) -> bool:
     file = getattr(module, '__file__', None)
     # The folder may also hold a virtual environment.
-    return file is not None and _pathlib.Path(file).resolve().parent in (_ROOT, _ROOT / 'models', _ROOT / 'tools')
+    folders = (_ROOT / name for name in ('models', 'config', 'training', 'pipeline'))
+    return file is not None and _pathlib.Path(file).resolve().parent in (_ROOT, *folders)
 
 
 def _load_models() -> _types.ModuleType:
@@ -43,8 +44,8 @@ _models = _load_models()
 
 
 def _import_trained() -> _types.ModuleType:
-    """tools/trained.py, without a trace in sys.modules, where its and its imports' short names may be another's."""
-    ours = {path.stem for path in _ROOT.glob('*.py')} | {'tools', 'models'}
+    """config/pretrained.py, without a trace in sys.modules, where its and its imports' short names may be another's."""
+    ours = {path.stem for path in _ROOT.glob('*.py')} | {'tools', 'models', 'config', 'training', 'pipeline', 'reports'}
     found = {name: module for name, module in _sys.modules.items() if name.partition('.')[0] in ours}
     others = {name: module for name, module in found.items() if not _is_ours(module)}
     for name in others:
@@ -54,7 +55,7 @@ def _import_trained() -> _types.ModuleType:
             _sys.modules.setdefault('models' + name.removeprefix(_ALIAS), module)
     _sys.path.insert(0, str(_ROOT))
     try:
-        return _importlib.import_module('tools.trained')
+        return _importlib.import_module('config.pretrained')
     finally:
         _sys.path.remove(str(_ROOT))
         for name in list(_sys.modules):

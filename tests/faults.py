@@ -34,12 +34,12 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-import checkpoint as ckpt  # noqa: E402
 import datasets  # noqa: E402
-from output import OutputFolder  # noqa: E402
 from samplers import Draw  # noqa: E402
 from tests.torture_resume import FLAGS, Case, differences, start, wait  # noqa: E402
 from tools import prepare_domainnet  # noqa: E402
+from training import checkpoint as ckpt  # noqa: E402
+from training.output import OutputFolder  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = Case(epochs=2, batch=256, augment='pil')  # faults are put into how images are read one by one
@@ -535,7 +535,7 @@ def other_processes(root: Path, rng: random.Random) -> None:
 
 def _stop_after(steps: int) -> None:
     """Sends this process SIGTERM in a training's step of that number, if it is not 0."""
-    import training
+    from training import run as training
 
     original = training.Run._after_step
     done = [0]

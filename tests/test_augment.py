@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import augment
 import numpy as np
 import pytest
 import torch
@@ -21,9 +22,8 @@ from timm.data.mixup import rand_bbox_minmax
 from timm.data.random_erasing import RandomErasing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import augment
-from augment import OPS, BatchedAugment, BatchedMixup, Purpose
-from datasets import build_transform
+from pipeline.augment import OPS, BatchedAugment, BatchedMixup, Purpose
+from pipeline.transforms import build_transform
 from tools import benchmark_augment
 from utils import UsageError, seed_all
 

@@ -15,13 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import checkpoint as ckpt
 import folder2lmdb
+from config.arguments import parse_args
+from config.builders import build_model, build_optimizer, build_scheduler
+from config.data import load_splits, open_loaders
 from datasets import DATA_SETS, build_datasets
-from images import decode
-from main import build_model, build_optimizer, build_scheduler, load_splits, main, open_loaders, parse_args
+from main import main
+from pipeline.images import decode
 from tests.conftest import PLAIN, SMALL_MODEL
-from utils import InputError, Process
+from training import checkpoint as ckpt
+from training.distributed import Process
+from utils import InputError
 
 MANY = settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SOME = settings(MANY, max_examples=120)

@@ -17,7 +17,7 @@ import timm
 import torch
 
 import models  # noqa: F401
-from main import get_args_parser as get_flags
+from config.arguments import get_args_parser as get_flags
 from models import dhvt
 from tests.conftest import ROOT
 from tools import benchmark, benchmark_augment, benchmark_worker

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint as ckpt
+from training import checkpoint as ckpt
 from utils import InputError
 
 

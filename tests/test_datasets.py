@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from datasets import AugmentedImages, build_datasets, build_transform, find_name, load_digits
+from datasets import build_datasets, find_name, load_digits
+from pipeline.transforms import AugmentedImages, build_transform
 from samplers import Draw, TrainBatches
 from utils import InputError, UsageError
 

@@ -14,15 +14,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-import checkpoint as ckpt
 import models  # noqa: F401
 from losses import DistillationLoss, Teacher
 from main import main
 from models.dhvt import DistilledDHVT
 from models.evit import EViT, KeepRateSchedule
-from speed import count_macs
+from models.speed import count_macs
 from tests.conftest import PLAIN
 from tests.golden import DEIT_EVIT, images, set_weights
+from training import checkpoint as ckpt
 
 TIMM_DEITS = [
     *(f'deit_{size}{kind}_patch16_224' for size in ('tiny', 'small', 'base') for kind in ('', '_distilled')),
@@ -417,7 +417,8 @@ def test_flags_for_other_models_are_refused(flags: list[str], message: str, caps
 
 @pytest.mark.parametrize('spelling', [['3', '6'], ['(3, 6)'], ['3,6'], ['[3, 6]'], ['(3,', '6)']])
 def test_spellings_of_drop_loc(spelling: list[str]) -> None:
-    from main import build_model, parse_args
+    from config.arguments import parse_args
+    from config.builders import build_model
 
     model = build_model(parse_args(['--model', 'deit_tiny_patch16_shrink_base', '--drop_loc', *spelling]), 10)
     assert [i for i, block in enumerate(model.blocks) if block.keep_rate < 1] == [3, 6]

@@ -14,7 +14,7 @@ from torch import nn
 
 import models  # noqa: F401
 from models.dhvt import DHVT, DHVTBlock, DynamicAggregationFeedForward, HeadInteractedAttention
-from speed import count_macs
+from models.speed import count_macs
 from tests import golden
 
 VARIANTS = {  # parameters, multiply-adds in G

@@ -13,9 +13,9 @@ import pytest
 import timm
 import torch
 
-import checkpoint as ckpt
 import models  # noqa: F401
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
+from training import checkpoint as ckpt
 
 DIGITS = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS']
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from main import parse_args
+from config.arguments import parse_args
 from tests.conftest import ROOT
 
 PAGES = ['reproduce.md', 'extend.md']

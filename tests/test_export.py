@@ -18,15 +18,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import checkpoint as ckpt
 import models
-from datasets import build_transform, load_digits
-from factory import evit_kwargs
+from config.models import evit_kwargs
+from config.pretrained import load_trained
+from datasets import load_digits
 from main import main as train
+from pipeline.transforms import build_transform
 from tests.conftest import PLAIN, ROOT
 from tests.test_folding import as_trained, norms
 from tools import export
-from tools.trained import load_trained
+from training import checkpoint as ckpt
 
 CLASSES = ['ant', 'bee', 'cow', 'dog', 'eel']
 SMALL = {'patch_size': 4, 'embed_dim': 32, 'depth': 3, 'num_heads': 2}
@@ -267,9 +268,8 @@ def test_torch_hub_gives_every_model(tmp_path: Path, web_folder: tuple[Path, str
 def test_torch_hub_beside_the_project(tmp_path: Path) -> None:
     """In a process that uses this project's modules, which stay the same ones."""
     path, model = make('deit_tiny_patch16_shrink_base', tmp_path)
-    before = {
-        name: module for name, module in sys.modules.items() if name.split('.')[0] in ('models', 'utils', 'tools')
-    }
+    ours = ('models', 'utils', 'tools', 'config', 'training')
+    before = {name: module for name, module in sys.modules.items() if name.split('.')[0] in ours}
     loaded = torch.hub.load(str(ROOT), 'deit_tiny_patch16_shrink_base', source='local', checkpoint=path)
     check(loaded, model, limit=0)
     assert isinstance(loaded, models.evit.EViT)

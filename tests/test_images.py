@@ -17,8 +17,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import build_datasets
-from images import BadImageError, PackedStrings, decode, image_extensions
 from main import main
+from pipeline.images import BadImageError, PackedStrings, decode, image_extensions
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 from tests.test_distributed import torchrun
 from utils import InputError

@@ -26,10 +26,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import folder2lmdb
-from datasets import build_datasets, build_transform
-from images import BadImageError
-from lmdb_dataset import FORMAT, VERSION, ImageFolderLMDB, check_lmdb
+from datasets import build_datasets
+from folder2lmdb import check_lmdb
 from main import main
+from pipeline.images import BadImageError
+from pipeline.lmdb_dataset import FORMAT, VERSION, ImageFolderLMDB
+from pipeline.transforms import build_transform
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL, make_lists
 from tests.test_layouts import PAINTING, make_inaturalist
 from utils import InputError
@@ -334,7 +336,7 @@ def test_truncated_files_are_refused(folder: Path) -> None:
     (folder / 'text.lmdb').write_text('no database at all' * 1000)
     program = """
 import sys
-from lmdb_dataset import ImageFolderLMDB
+from pipeline.lmdb_dataset import ImageFolderLMDB
 from utils import InputError
 for path in sys.argv[1:]:
     try:
@@ -495,9 +497,9 @@ def test_format_as_documented(folder: Path) -> None:
 
 
 def test_the_map_grows(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('lmdb_dataset.GROWTH', 65536)
-    monkeypatch.setattr('lmdb_dataset.COMMIT_IMAGES', 16)
-    monkeypatch.setattr('lmdb_dataset.CHUNK_IMAGES', 8)
+    monkeypatch.setattr('folder2lmdb.GROWTH', 65536)
+    monkeypatch.setattr('folder2lmdb.COMMIT_IMAGES', 16)
+    monkeypatch.setattr('folder2lmdb.CHUNK_IMAGES', 8)
     root = make_folder({'train': ['a'], 'val': ['a']}, images=200, size=64)
     build(root)
     assert (root / 'train.lmdb').stat().st_size > 200000

@@ -15,9 +15,10 @@ import torch
 import yaml
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import checkpoint as ckpt
-from main import get_args_parser, main, parse_args
+from config.arguments import get_args_parser, parse_args
+from main import main
 from tests.conftest import PLAIN, SMALL_MODEL
+from training import checkpoint as ckpt
 
 MakeFolder = Callable[..., Path]
 BASE = [*SMALL_MODEL, *PLAIN]
@@ -151,7 +152,7 @@ def test_resume_goes_on_where_the_run_stopped(flags: list[str], tmp_path: Path) 
 
 def test_resumed_epoch_is_bitwise_the_same(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run stopped after its second epoch, then resumed, has the weights of the run that was not."""
-    import training
+    from training import run as training
 
     common = [*flags, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.9']
     main([*common, '--output_dir', str(tmp_path / 'whole')])
@@ -455,7 +456,7 @@ def test_diverging_run_keeps_its_checkpoint(
 
 
 def test_only_the_stem_is_synchronised() -> None:
-    from factory import synchronize_stem
+    from config.models import synchronize_stem
 
     model = timm.create_model('dhvt_tiny_cifar_patch4', embed_dim=32, depth=1, num_heads=2)
     keys = list(model.state_dict())

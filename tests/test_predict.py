@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint as ckpt
 from datasets import build_datasets, load_digits
-from lmdb_dataset import write_lmdb
+from folder2lmdb import write_lmdb
 from main import main as train
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 from tools import predict
+from training import checkpoint as ckpt
 from utils import InputError
 
 FLAGS = ['--device', 'cpu', '--num_workers', '0', '--amp', 'off']

@@ -21,16 +21,18 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-import checkpoint as ckpt
-from datasets import build_transform, load_digits
+from config.arguments import parse_args
+from datasets import load_digits
 from engine import Tally
 from main import main as train
-from main import parse_args
+from pipeline.transforms import build_transform
+from reports import figures as report_figures
 from tests.conftest import PLAIN, SMALL_MODEL
 from tests.test_deit_evit import EVIT
 from tests.test_engine import data, linear, loader
 from tests.test_engine import train as train_linear
-from tools import report, report_figures
+from tools import report
+from training import checkpoint as ckpt
 
 DIGITS = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--batch-size', '64', '--lr', '8e-3', '--report']
 VOID = {'meta', 'img', 'br'}
@@ -270,7 +272,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Targets, probabilities (n, C) and names of the test images, made without report.py's functions."""
     state = ckpt.load(str(folder / 'best_checkpoint.pth'))
-    from main import build_model
+    from config.builders import build_model
 
     model = build_model(parse_args([*DIGITS]), 10).eval()
     model.load_state_dict(state['model'])

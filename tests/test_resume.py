@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint as ckpt
-import interrupts
+from config.arguments import parse_args
 from engine import NonFiniteError, Tally, train_one_epoch
-from main import main, parse_args
-from output import BackgroundWriter, OutputFolder
-from resume import Progress, compare
+from main import main
 from tests.conftest import PLAIN, SMALL_MODEL
+from training import checkpoint as ckpt
+from training import signals as interrupts
+from training.output import BackgroundWriter, OutputFolder
+from training.state import Progress, compare
 from utils import InputError, seed_all
 
 DIGITS = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--batch-size', '256']
@@ -116,7 +117,7 @@ def test_forced_arguments_count(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_checked_before_anything_changes(finished: Path) -> None:
-    from resume import Parts, load_state
+    from training.state import Parts, load_state
 
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -216,7 +217,7 @@ def test_two_runs_do_not_share_a_folder(finished: Path, tmp_path: Path) -> None:
 
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-from output import OutputFolder
+from training.output import OutputFolder
 OutputFolder({str(tmp_path)!r})
 """
     output = OutputFolder(str(tmp_path))
@@ -281,7 +282,7 @@ def test_a_signal_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     import signal
 
     import engine
-    import training
+    from training import run as training
 
     out = [*DIGITS, '--epochs', '2', '--output_dir', str(tmp_path / 'out'), '--auto-resume']
     main([*DIGITS, '--epochs', '2', '--output_dir', str(tmp_path / 'whole')])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from main import parse_args
+from config.arguments import parse_args
 from tests.conftest import ROOT
 from tools import check_env
 

@@ -15,16 +15,19 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import checkpoint as ckpt
 import models  # noqa: F401
-from datasets import Augmentation, load_digits
-from ema import MovingAverage
-from factory import recompute_blocks
-from loaders import CachedEvaluation, CachedTraining, Prefetched, build_loaders
-from main import get_args_parser, main, parse_args
+from config.arguments import get_args_parser, parse_args
+from config.models import recompute_blocks
+from datasets import load_digits
+from main import main
+from pipeline.loaders import CachedEvaluation, CachedTraining, Prefetched, build_loaders
+from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
 from tests.conftest import PLAIN, SMALL_MODEL
-from utils import UsageError, num_compiled_graphs
+from training import checkpoint as ckpt
+from training.devices import num_compiled_graphs
+from training.ema import MovingAverage
+from utils import UsageError
 
 CPU = torch.device('cpu')
 MakeFolder = Callable[..., Path]
@@ -292,7 +295,7 @@ def test_step_flags_have_the_published_defaults() -> None:
 
 
 def test_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    import utils
+    from training import devices
 
     calls: list[tuple[int, int]] = []
 
@@ -302,15 +305,15 @@ def test_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch: pytes
             calls.append((option, value))
             return 1
 
-    monkeypatch.setattr(utils.ctypes, 'CDLL', lambda name: Library)
+    monkeypatch.setattr(devices.ctypes, 'CDLL', lambda name: Library)
     for name in [
-        name for name in utils.os.environ if name.startswith('MALLOC_') or name in ('GLIBC_TUNABLES', 'LD_PRELOAD')
+        name for name in devices.os.environ if name.startswith('MALLOC_') or name in ('GLIBC_TUNABLES', 'LD_PRELOAD')
     ]:
         monkeypatch.delenv(name)
-    utils.keep_freed_memory()
+    devices.keep_freed_memory()
     assert (-4, 0) in calls and len(calls) == 2
     monkeypatch.setenv('MALLOC_ARENA_MAX', '2')
-    utils.keep_freed_memory()
+    devices.keep_freed_memory()
     assert len(calls) == 2
 
 

@@ -9,19 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import utils
-from utils import (
-    InputError,
-    Process,
-    Progress,
-    UsageError,
-    _slurm_rendezvous,
-    find_amp_dtype,
-    find_device,
-    find_process,
-    format_seconds,
-    one_line,
-)
+from training import distributed
+from training.devices import find_amp_dtype, find_device
+from training.distributed import Process, _slurm_rendezvous, find_process
+from utils import InputError, Progress, UsageError, format_seconds, one_line
 
 
 @pytest.mark.parametrize(
@@ -75,8 +66,8 @@ def test_slurm_rendezvous(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_downloads_are_done_in_turn(process: Process, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """First the main process, then one on each other machine, then the rest, who find the files."""
     events: list[str] = []
-    monkeypatch.setattr(utils, 'barrier', lambda: events.append('wait'))
-    with utils.in_turn(process):
+    monkeypatch.setattr(distributed, 'barrier', lambda: events.append('wait'))
+    with distributed.in_turn(process):
         events.append('work')
     assert events == expected
 

@@ -13,10 +13,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-import checkpoint as ckpt
 import models  # noqa: F401
 from tools import visualize
 from tools.visualize import choose_layers, look
+from training import checkpoint as ckpt
 
 SMALL = {'embed_dim': 32, 'depth': 4, 'num_heads': 2, 'img_size': 16, 'num_classes': 7}
 PLAIN_ATTENTION = {'attention': 'plain'}

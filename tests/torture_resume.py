@@ -31,8 +31,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-import checkpoint as ckpt  # noqa: E402
 from main import main  # noqa: E402
+from training import checkpoint as ckpt  # noqa: E402
 
 FLAGS = [
     *('--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2'),

@@ -49,12 +49,15 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint as ckpt
+from config.arguments import parse_args
+from config.builders import build_model
+from config.errors import one_line_errors
+from config.flags import FROM_ONE, SEED, FlagParser
 from datasets import DATA_SETS
-from flags import FROM_ONE, SEED, FlagParser, one_line_errors
-from interrupts import SIGNALS, Interrupted
-from main import build_model, parse_args
-from resume import FREE_ARGUMENTS
+from pipeline.workers import SIGNALS
+from training import checkpoint as ckpt
+from training.signals import Interrupted
+from training.state import FREE_ARGUMENTS
 from utils import InputError, UsageError, num_usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -51,7 +51,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flags import FROM_ONE, POSITIVE, FlagParser, one_line_errors
+from config.errors import one_line_errors
+from config.flags import FROM_ONE, POSITIVE, FlagParser
 from utils import InputError, UsageError, num_usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent

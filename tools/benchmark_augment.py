@@ -28,11 +28,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from augment import OPS, BatchedAugment, apply_op
-from datasets import SMALL_IMAGE, build_transform
-from flags import COUNT, FROM_ONE, SEED, FlagParser, one_line_errors
-from images import decode, image_extensions
-from utils import InputError, Process, find_device, seed_all
+from config.errors import one_line_errors
+from config.flags import COUNT, FROM_ONE, SEED, FlagParser
+from pipeline.augment import OPS, BatchedAugment, apply_op
+from pipeline.images import decode, image_extensions
+from pipeline.transforms import SMALL_IMAGE, build_transform
+from training.devices import find_device
+from training.distributed import Process
+from utils import InputError, seed_all
 
 GEOMETRIC = ('rotate', 'shear_x', 'shear_y', 'translate_x_rel', 'translate_y_rel')
 FILL = tuple(round(255 * value) for value in IMAGENET_DEFAULT_MEAN)

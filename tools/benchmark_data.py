@@ -32,10 +32,13 @@ from torchvision.datasets.folder import default_loader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import FileDataset, build_datasets, build_transform
-from flags import FROM_ONE, FlagParser, one_line_errors
-from layouts import Split
-from lmdb_dataset import ImageFolderLMDB, write_lmdb
+from config.errors import one_line_errors
+from config.flags import FROM_ONE, FlagParser
+from datasets import FileDataset, build_datasets
+from folder2lmdb import write_lmdb
+from pipeline.layouts import Split
+from pipeline.lmdb_dataset import ImageFolderLMDB
+from pipeline.transforms import build_transform
 from utils import InputError, UsageError, one_line
 
 CONTEXT = multiprocessing.get_context('fork')

@@ -418,7 +418,7 @@ class Job:
 
     def _count(self, kwargs: dict[str, Any], device: torch.device) -> None:
         """The work of an image, and the rate of the best matrix product in the same precision."""
-        speed = importlib.import_module('speed')
+        speed = importlib.import_module('models.speed')
         size = self.args.input_size
         macs = speed.count_macs(self._new_model(), (3, size, size))
         self.facts |= {

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint as ckpt
-from datasets import SMALL_IMAGE
-from flags import FROM_ONE, FlagParser, one_line_errors
-from tools.trained import Settings, fold_if_equal, load_trained, takes_image_size
+from config.errors import one_line_errors
+from config.flags import FROM_ONE, FlagParser
+from config.pretrained import Settings, fold_if_equal, load_trained, takes_image_size
+from pipeline.transforms import SMALL_IMAGE
+from training import checkpoint as ckpt
 from utils import InputError, UsageError, count, one_line
 
 PROGRAM = 'export.py'

@@ -27,14 +27,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint as ckpt
-from datasets import build_transform
-from flags import COUNT, FROM_ONE, FlagParser, one_line_errors, usable_workers
-from images import PackedStrings, Transform, decode, image_extensions
-from interrupts import ignore_signals, no_children_left
-from lmdb_dataset import ImageFolderLMDB
-from tools.trained import fold_if_equal, load_trained
-from utils import InputError, amp_name, default_device, find_amp_dtype, find_device, find_process, one_line
+from config.errors import one_line_errors
+from config.flags import COUNT, FROM_ONE, FlagParser, usable_workers
+from config.pretrained import fold_if_equal, load_trained
+from pipeline.images import PackedStrings, Transform, decode, image_extensions
+from pipeline.lmdb_dataset import ImageFolderLMDB
+from pipeline.transforms import build_transform
+from pipeline.workers import ignore_signals, no_children_left
+from training import checkpoint as ckpt
+from training.devices import amp_name, default_device, find_amp_dtype, find_device
+from training.distributed import find_process
+from utils import InputError, one_line
 
 PROGRAM = 'predict.py'
 PRECISIONS = ('auto', 'off', 'fp16', 'bf16')

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import write_file
-from flags import FlagParser, one_line_errors
-from layouts import CLASSES_FILE, Listing, Lists, read_lists
+from config.errors import one_line_errors
+from config.flags import FlagParser
+from pipeline.layouts import CLASSES_FILE, Listing, Lists, read_lists
+from training.checkpoint import write_file
 from utils import InputError, count, one_line
 
 

@@ -26,25 +26,18 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint as ckpt
+from config.arguments import parse_args, stored_flags
+from config.builders import build_model
+from config.data import load_splits, open_loaders
+from config.errors import explain, one_line_errors
+from config.flags import COUNT, FlagParser
+from config.models import keeps_tokens_by_rate
 from datasets import DATA_SETS
-from factory import keeps_tokens_by_rate
-from flags import COUNT, FlagParser, one_line_errors
-from images import ImageDataset
-from interrupts import no_children_left
-from main import build_model, explain, load_splits, open_loaders, parse_args, stored_flags
-from output import BEST
-from speed import count_macs
-from tools.report_figures import (
-    FIGURES,
-    MOST_NAMES,
-    choose_colors,
-    draw_classes,
-    draw_confusion,
-    draw_log,
-    thumbnail,
-)
-from tools.report_runs import (
+from models.speed import count_macs
+from pipeline.images import ImageDataset
+from pipeline.workers import no_children_left
+from reports.figures import FIGURES, MOST_NAMES, choose_colors, draw_classes, draw_confusion, draw_log, thumbnail
+from reports.runs import (
     LoggedRun,
     find_differences,
     group_by_settings,
@@ -54,17 +47,11 @@ from tools.report_runs import (
     seed_statistics,
     show_value,
 )
-from utils import (
-    InputError,
-    Process,
-    Progress,
-    SizedLoader,
-    default_device,
-    find_amp_dtype,
-    find_device,
-    one_line,
-    shorten,
-)
+from training import checkpoint as ckpt
+from training.devices import default_device, find_amp_dtype, find_device
+from training.distributed import Process
+from training.output import BEST
+from utils import InputError, Progress, SizedLoader, one_line, shorten
 
 TEMPLATE = 'report_template.html'
 MOST_PAIRS = 15  # of classes that are confused

@@ -35,14 +35,16 @@ from torchvision.transforms.v2 import functional as pixels_to
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint as ckpt
-from datasets import build_transform
-from factory import keeps_tokens_by_rate
-from flags import COUNT, FROM_ONE, PART, FlagParser, one_line_errors
-from images import decode
-from main import build_model, parse_args, stored_flags
+from config.arguments import parse_args, stored_flags
+from config.builders import build_model
+from config.errors import one_line_errors
+from config.flags import COUNT, FROM_ONE, PART, FlagParser
+from config.models import keeps_tokens_by_rate
 from models.dhvt import DHVT
 from models.evit import EViT
+from pipeline.images import decode
+from pipeline.transforms import build_transform
+from training import checkpoint as ckpt
 from utils import InputError, UsageError, one_line
 
 KEPT, FUSED, DROPPED = 0, 1, 2

@@ -11,10 +11,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint as ckpt
 from losses import Teacher
 from models import evit  # and all models are registered with timm
 from models.dhvt import PointwiseConv
+from training import checkpoint as ckpt
 from utils import InputError, UsageError, one_line
 
 DEFAULT_TEACHER = 'regnety_160'

@@ -18,7 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
-import checkpoint as ckpt
+from training import checkpoint as ckpt
 from utils import InputError, is_main_process, log, one_line
 
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'

@@ -13,10 +13,10 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from augment import BatchedAugment
-from datasets import SMALL_IMAGE, Augmentation, AugmentedImages
-from images import ImageDataset
-from interrupts import deadline, ignore_signals
+from pipeline.augment import BatchedAugment
+from pipeline.images import ImageDataset
+from pipeline.transforms import SMALL_IMAGE, Augmentation, AugmentedImages
+from pipeline.workers import deadline, ignore_signals
 from samplers import Draw, EvalSampler, TrainBatches
 from utils import SizedLoader, UsageError, log
 

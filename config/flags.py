@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from datasets import DATA_SETS, find_name
-from layouts import INAT_CATEGORIES
-from utils import InputError, UsageError, get_rank, num_usable_cores, one_line
+from pipeline.layouts import INAT_CATEGORIES
+from utils import UsageError, num_usable_cores
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -85,33 +82,3 @@ def usable_workers(asked: int | None, *, processes: int = 1) -> int:
         processes: how many share this machine's cores.
     """
     return min(10, max(num_usable_cores() // processes, 1)) if asked is None else asked
-
-
-def leave(program: str, message: str, code: int, *, label: str = 'error') -> NoReturn:
-    """Ends the program with a line on stderr."""
-    rank = f' (process {get_rank()})' if get_rank() else ''
-    sys.stderr.write(f'{program}{rank}: {label}: {message}\n')
-    sys.exit(code)
-
-
-@contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """Ends the program with a line, without a traceback, where its body fails on what the user gave.
-
-    Raises:
-        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, 130 after Ctrl-C.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')  # names of files may be anything
-    try:
-        yield
-    except InputError as err:
-        leave(program, one_line(err), err.exit_code, label=err.label)
-    except BrokenPipeError:  # of `program | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as err:
-        leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
-    except KeyboardInterrupt:
-        leave(program, 'interrupted', 130)

@@ -13,8 +13,8 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-import checkpoint as ckpt
 from engine import Tally
+from training import checkpoint as ckpt
 from utils import InputError, log, one_line
 
 # Arguments that may differ on a resume: none of them changes what is computed. The batch is compared as a whole, the

@@ -12,15 +12,16 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-import checkpoint as ckpt
 from engine import NonFiniteError, train_one_epoch
-from images import ImageDataset
-from interrupts import GO_ON, STOP, Interrupted, Interrupts, requeue
-from loaders import TrainLoader
 from models.evit import KeepRateSchedule
-from output import OutputFolder
-from resume import Parts, Progress, compare, load_state, to_state
-from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log, num_compiled_graphs
+from pipeline.images import ImageDataset
+from pipeline.loaders import TrainLoader
+from training import checkpoint as ckpt
+from training.devices import num_compiled_graphs
+from training.output import OutputFolder
+from training.signals import GO_ON, STOP, Interrupted, Interrupts, requeue
+from training.state import Parts, Progress, compare, load_state, to_state
+from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log
 
 MOST_REWINDS = 10  # in an epoch
 

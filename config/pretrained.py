@@ -12,9 +12,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-import checkpoint as ckpt
-from factory import evit_kwargs, new_model
+from config.models import evit_kwargs, new_model
 from models.folding import fold_batchnorm
+from training import checkpoint as ckpt
 from utils import InputError, UsageError
 
 TOLERANCE = 1e-5  # of folding, as a part of the largest logit where that is above 1

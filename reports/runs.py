@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import checkpoint as ckpt
-from output import BEST, CHECKPOINT, holds_run
-from resume import FREE_ARGUMENTS
+from training import checkpoint as ckpt
+from training.output import BEST, CHECKPOINT, holds_run
+from training.state import FREE_ARGUMENTS
 from utils import InputError, UsageError, format_seconds, one_line
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Arguments that cannot change what a run comes to, and those of which `derived` has what they came to.
 SEEN_IN_DERIVED = {'data_path', 'data_layout', 'use_lmdb', 'amp', 'train_mode'}

@@ -1,0 +1,105 @@
+"""From flags to a run's parts: model, teacher, optimizer, schedule."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from config.arguments import EVIT_FLAGS
+from config.models import (
+    DEFAULT_TEACHER,
+    check_output,
+    create_model,
+    create_teacher,
+    keeps_tokens_by_rate,
+)
+from datasets import Splits
+from losses import Teacher
+from training.distributed import Process, in_turn
+from utils import (
+    UsageError,
+    one_line,
+)
+
+
+def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+    """The student, or the only model.
+
+    Raises:
+        UsageError: if timm does not know it, it refuses its arguments, or flags of EViT are given for another one.
+    """
+    given = [name for name in EVIT_FLAGS if getattr(args, name) is not None]
+    if given and not keeps_tokens_by_rate(args.model):
+        why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
+        raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
+    return create_model(
+        args.model,
+        input_size=args.input_size,
+        num_classes=num_classes,
+        drop=args.drop,
+        drop_path=args.drop_path,
+        evit_settings=vars(args),
+        model_kwargs=args.model_kwargs,
+    )
+
+
+def build_teacher(args: argparse.Namespace, process: Process, model: nn.Module, splits: Splits) -> Teacher:
+    """The teacher, and the student made ready for it.
+
+    Raises:
+        UsageError: if the student has one head only, or the teacher cannot be built.
+        InputError: if the teacher's weights cannot be had.
+    """
+    if not hasattr(model, 'set_distilled_training'):
+        raise UsageError(f'--distillation-type {args.distillation_type} needs a model with a second head, such as '
+                         f'dhvt_tiny_cifar_patch4_distilled; {args.model} has one')  # fmt: skip
+    model.set_distilled_training(True)  # type: ignore[operator]
+    sizes = {'input_size': args.input_size, 'num_classes': splits.num_classes}
+    with in_turn(process):
+        teacher = create_teacher(args.teacher_model, args.teacher_path, **sizes, classes=splits.val.classes)
+    check_output(teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, **sizes)
+    return teacher
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, device: torch.device) -> Any:
+    """timm's optimizer, with the scaled learning rate.
+
+    Raises:
+        UsageError: if timm does not know it, or it refuses its arguments.
+    """
+    kwargs: dict[str, Any] = {'eps': args.opt_eps}  # timm drops what an optimizer does not take
+    if args.opt_betas is not None:
+        kwargs['betas'] = tuple(args.opt_betas)
+    if args.opt in ('adam', 'adamw') and device.type in ('cuda', 'cpu'):
+        kwargs['fused'] = True  # one kernel; on GPUs it skips steps that float16 spoils without a wait for the host
+    try:
+        return create_optimizer_v2(
+            model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **kwargs
+        )
+    except (ValueError, TypeError, RuntimeError, AssertionError) as err:
+        raise UsageError(f'--opt {args.opt}: {one_line(err)}') from None
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Any:
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        decay_epochs=args.decay_epochs,
+        patience_epochs=args.patience_epochs,
+        plateau_mode='min',  # of the test loss
+        decay_rate=args.decay_rate,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        noise=args.lr_noise,
+        noise_pct=args.lr_noise_pct,
+        noise_std=args.lr_noise_std,
+        noise_seed=args.seed,
+    )
+    return scheduler

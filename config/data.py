@@ -1,0 +1,112 @@
+"""From flags to data: the splits, their augmentation, the loaders."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from config.arguments import _mixes
+from config.flags import (
+    usable_workers,
+)
+from datasets import DATA_SETS, Splits, build_datasets
+from pipeline.loaders import TrainLoader, build_loaders
+from pipeline.transforms import Augmentation
+from samplers import EvalSampler, TrainBatches
+from training.distributed import Process, in_turn
+from utils import (
+    InputError,
+    SizedLoader,
+)
+
+
+def find_augmentation(args: argparse.Namespace) -> Augmentation:
+    return Augmentation(
+        input_size=args.input_size,
+        no_aug=args.no_aug,
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa.lower() in ('', 'none') else args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        resplit=args.resplit,
+    )
+
+
+def load_splits(args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None) -> Splits:
+    """Builds the data set, one process first where files may have to be downloaded.
+
+    Args:
+        known_classes: those of the checkpoint whose head is used, in its order.
+    """
+    augmentation = find_augmentation(args)
+    downloads = DATA_SETS[args.data_set].kind == 'cifar' and not args.use_lmdb
+    with in_turn(process) if downloads else nullcontext():
+        return build_datasets(
+            args.data_set,
+            args.data_path,
+            train=not args.eval,
+            train_transform=augmentation.transform(train=True),
+            val_transform=augmentation.transform(train=False),
+            num_classes=args.nb_classes,
+            data_layout=args.data_layout,
+            inat_category=args.inat_category,
+            use_lmdb=args.use_lmdb,
+            verify_records=args.verify_records,
+            skip_bad_images=args.on_bad_image == 'skip',
+            train_fraction=args.train_fraction,
+            train_fraction_seed=args.train_fraction_seed,
+            known_classes=known_classes,
+        )
+
+
+def plan_batches(args: argparse.Namespace, splits: Splits, process: Process) -> TrainBatches | None:
+    """Which training images are in which batch; None for evaluation only.
+
+    Raises:
+        InputError: if the training images do not fill one batch.
+    """
+    if splits.train is None:
+        return None
+    batches = TrainBatches(
+        len(splits.train),
+        batch_size=args.batch_size,
+        num_replicas=process.world_size,
+        rank=process.rank,
+        repeated=args.repeated_aug,
+        even=_mixes(args),
+    )
+    if not len(batches):
+        raise InputError(
+            f'{len(splits.train)} training images do not fill one batch of {args.batch_size} on each of '
+            f'{process.world_size} process{"es" if process.world_size > 1 else ""}: lower --batch-size'
+        )
+    return batches
+
+
+def open_loaders(
+    args: argparse.Namespace, splits: Splits, process: Process, device: torch.device
+) -> tuple[TrainLoader | None, SizedLoader, str]:
+    """The loaders of training, None for evaluation only, and of evaluation; and how training images are augmented."""
+    share = (process.world_size, process.rank) if args.dist_eval else (1, 0)
+    return build_loaders(
+        splits.train,
+        splits.val,
+        batches=plan_batches(args, splits, process),
+        shard=EvalSampler(splits.val, num_replicas=share[0], rank=share[1]),
+        eval_batch_size=int(1.5 * args.batch_size),
+        augmentation=find_augmentation(args),
+        seed=args.seed,
+        augment=args.augment,
+        exact=args.augment_exact,
+        cache_gib=args.cache_gib,
+        device=device,
+        workers=usable_workers(args.num_workers, processes=process.local_world_size),
+        pin_memory=args.pin_mem,
+        timeout=args.timeout,
+    )

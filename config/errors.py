@@ -1,0 +1,76 @@
+"""Errors of one line, which every command ends with."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from training.distributed import lost_contact
+from utils import (
+    InputError,
+    UsageError,
+    get_rank,
+    one_line,
+)
+
+
+def leave(program: str, message: str, code: int, *, label: str = 'error') -> NoReturn:
+    """Ends the program with a line on stderr."""
+    rank = f' (process {get_rank()})' if get_rank() else ''
+    sys.stderr.write(f'{program}{rank}: {label}: {message}\n')
+    sys.exit(code)
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Ends the program with a line, without a traceback, where its body fails on what the user gave.
+
+    Raises:
+        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, 130 after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')  # names of files may be anything
+    try:
+        yield
+    except InputError as err:
+        leave(program, one_line(err), err.exit_code, label=err.label)
+    except BrokenPipeError:  # of `program | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as err:
+        leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
+    except KeyboardInterrupt:
+        leave(program, 'interrupted', 130)
+
+
+def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
+    """What the user can do about an error of PyTorch's, None for one that says nothing about what was given."""
+    text = str(err)
+    compiler = sys.modules.get('torch._dynamo.exc')  # not loaded where nothing is compiled
+    if compiler is not None and isinstance(err, compiler.TorchDynamoException):
+        return InputError(f'--compile {args.compile} failed: {one_line(err)}; go on with --compile off')
+    if isinstance(err, torch.OutOfMemoryError):
+        return InputError(
+            'out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total; or lower --cache-gib'
+        )
+    if 'more than 1 value per channel' in text:
+        return UsageError('BatchNorm needs more than one value for each channel: raise --batch-size')
+    if 'DataLoader timed out' in text:
+        return InputError(f'a loader process gave no batch in {args.timeout:g} s (--timeout): it, or its disk, hangs')
+    if 'DataLoader worker' in text:
+        return InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less')
+    broken = re.search('gloo|nccl|pair closure|connection|timed out|timeout|broken pipe', text, re.IGNORECASE)
+    if isinstance(err, dist.DistError) or (broken and dist.is_initialized()):
+        # gloo and NCCL report a process that is gone from inside whatever collective the others were in.
+        return InputError(lost_contact(get_rank(), err))
+    return None

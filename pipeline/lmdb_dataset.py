@@ -1,0 +1,258 @@
+"""Images in one LMDB file: its format, its writer, its check and the data set that reads it.
+
+Format, version 1. An LMDB database in a single file, whose keys are, in this order:
+
+| key | value |
+|---|---|
+| 8 bytes, the image's number from 0 on, big-endian | the bytes of the image's file, unchanged |
+| `header` | JSON: `format` ("image records"), `version`, `images` (their count), `data_set` and `inat_category` (of datasets.py), `index_crc32` |
+| `index` | one Arrow table in IPC stream format |
+
+The table has a row for each image: `path` (binary: relative, with slashes), `label` (int32), `size` (int64, bytes) and
+`crc32` (uint32, of the bytes); its schema's metadata has `classes`, a JSON list of names in the order of their labels.
+Nothing is pickled, and nothing but this module is needed to read it.
+"""  # noqa: E501  a table
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import lmdb
+import numpy as np
+import pyarrow as pa
+
+from pipeline.images import ImageDataset, Transform
+from utils import InputError, one_line
+
+FORMAT, VERSION = 'image records', 1
+REBUILD = 'build it again with folder2lmdb.py --overwrite'
+HEADER, INDEX = b'header', b'index'  # after the numbers, whose first bytes are zero
+
+
+_key = struct.Struct('>Q').pack
+
+
+def _reason(error: lmdb.Error, path: Path) -> str:
+    return one_line(error).removeprefix(f'{path}: ')
+
+
+# Reading
+
+
+class _Store:
+    """An open database: one for each file and process, shared by its data sets.
+
+    Its transaction stays open as long as it does, so records are read without a copy. What points into the database's
+    memory is used by this module and the decoder alone, and not after the database is closed.
+    """
+
+    def __init__(self, path: Path, *, check_index: bool) -> None:
+        self.closed = False
+        self.env = _open(path)
+        self.txn = self.env.begin(buffers=True)
+        try:
+            self.header = self._read_header(path)
+            index = self.txn.get(INDEX)
+            if index is None:
+                raise InputError(f'{path} has no index: it is damaged; {REBUILD}')
+            if check_index and zlib.crc32(index) != self.header['index_crc32']:
+                raise InputError(f'{path}: its index was altered after it was written; {REBUILD}')
+            buffer = pa.py_buffer(index)
+            if buffer.address % 8:  # tables of a few images do not get pages of their own
+                buffer = pa.py_buffer(bytes(index))
+            table = pa.ipc.open_stream(buffer).read_all().combine_chunks()
+            self.classes: list[str] = json.loads(table.schema.metadata[b'classes'])
+            self.paths = table['path'].chunk(0)
+            self.labels, self.sizes, self.checksums = (
+                table[name].chunk(0).to_numpy() for name in ('label', 'size', 'crc32')
+            )
+        except (lmdb.Error, pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as err:
+            self.close()
+            raise InputError(f'{path} is damaged ({one_line(err)}): {REBUILD}') from None
+        except BaseException:
+            self.close()
+            raise
+
+    def get(self, key: bytes) -> memoryview | None:
+        """A record, None if it is missing.
+
+        Raises:
+            lmdb.Error: if its page is damaged; the other records stay readable.
+        """
+        try:
+            return self.txn.get(key)
+        except lmdb.Error:  # after which a transaction is good for nothing
+            self.txn.abort()
+            self.txn = self.env.begin(buffers=True)
+            raise
+
+    def _read_header(self, path: Path) -> dict[str, Any]:
+        value = self.txn.get(HEADER)
+        if value is None:
+            if self.txn.get(b'__keys__') is not None or self.txn.get(b'__len__') is not None:
+                raise InputError(
+                    f'{path} is in the old format of pyarrow.serialize, which pyarrow has not had since version 12: '
+                    f'from the images {REBUILD}'
+                )
+            raise InputError(f'{path} is an LMDB database, but none of folder2lmdb.py: it has no header')
+        try:
+            header = json.loads(bytes(value))
+            version = header['version'] if header['format'] == FORMAT else None
+        except (ValueError, KeyError, TypeError):
+            version = None
+        if isinstance(version, int) and version != VERSION:
+            raise InputError(
+                f'{path} is of version {version} of its format, this program reads {VERSION}: '
+                f"{REBUILD}, or use the program's version that wrote it"
+            )
+        kinds: dict[str, Any] = {'images': int, 'data_set': str, 'inat_category': (str, type(None)), 'index_crc32': int}
+        if version is None or not all(isinstance(header.get(name, 0.0), kind) for name, kind in kinds.items()):
+            raise InputError(f'{path} has a damaged header: {REBUILD}')
+        return header
+
+    def close(self) -> None:
+        self.closed = True
+        for name in ('paths', 'labels', 'sizes', 'checksums'):
+            self.__dict__.pop(name, None)
+        self.txn.abort()
+        self.env.close()
+
+    def __del__(self) -> None:
+        if 'txn' in self.__dict__:
+            self.close()
+
+
+_stores: WeakValueDictionary[tuple[int, int], _Store] = WeakValueDictionary()  # by device and inode
+
+
+def _close_copies() -> None:
+    """Closes what a forked process has of its parent's environments, which LMDB forbids to use there."""
+    for store in _stores.values():
+        store.close()
+    _stores.clear()
+
+
+os.register_at_fork(after_in_child=_close_copies)
+
+
+def _open_store(path: Path, *, check_index: bool) -> _Store:
+    """This process's store of a file, of which LMDB allows one."""
+    try:
+        status = path.stat()
+    except OSError as err:
+        raise InputError(f'{path}: {err.strerror}; make it with folder2lmdb.py') from None
+    store = _stores.get((status.st_dev, status.st_ino))
+    if store is None:
+        store = _stores[status.st_dev, status.st_ino] = _Store(path, check_index=check_index)
+    return store
+
+
+def _open(path: Path) -> lmdb.Environment:
+    """Opens a database for reading, without locks and without readahead.
+
+    Raises:
+        InputError: if it cannot be opened, or is shorter than it says: reading that would kill the process.
+    """
+    where = path / 'data.mdb' if path.is_dir() else path
+    try:
+        with open(where, 'rb') as file:
+            if not file.read(1):
+                raise InputError(f'{where} is empty: {REBUILD}')
+        env = lmdb.open(str(where), subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
+    except OSError as err:
+        raise InputError(f'{where}: {err.strerror}') from None
+    except lmdb.Error as err:
+        raise InputError(f'{where} is no LMDB database, or a damaged one ({_reason(err, where)}): {REBUILD}') from None
+    page_size, pages = env.stat()['psize'], env.info()['last_pgno'] + 1
+    size = where.stat().st_size
+    if size < pages * page_size:
+        env.close()
+        raise InputError(
+            f'{where} is truncated: it has {size:,} of {pages * page_size:,} bytes; copy it again or {REBUILD}'
+        )
+    return env
+
+
+class ImageFolderLMDB(ImageDataset):
+    """The images of a file that folder2lmdb.py wrote, with the order and the labels that they had when it did.
+
+    It can be used in any number of processes, however they are started, and beside others on the same file. A loader
+    process holds nothing of it but the pages that it reads.
+
+    Args:
+        path: the file.
+        transform: from an RGB image to what the loader collates.
+        on_bad_image: see `ImageDataset`.
+        verify: compare each record that is read with its checksum.
+
+    Raises:
+        InputError: if it is missing, not readable, truncated, or of another format or version.
+    """
+
+    remedy = REBUILD
+
+    def __init__(
+        self,
+        path: str | Path,
+        transform: Transform | None = None,
+        *,
+        on_bad_image: str = 'stop',
+        verify: bool = False,
+    ) -> None:
+        self.file = Path(path).absolute()
+        self.verify = verify
+        self._store: _Store | None = None
+        store = self._open()
+        self._build = store.header['index_crc32']
+        self.data_set: str = store.header['data_set']
+        self.inat_category: str | None = store.header['inat_category']
+        super().__init__(None, store.classes, transform, on_bad_image=on_bad_image)
+
+    def _open(self) -> _Store:
+        store = self._store
+        if store is None or store.closed:
+            known = hasattr(self, '_build')  # a loader process's copy: the index is checked once, in the first process
+            store = self._store = _open_store(self.file, check_index=not known)
+            if known and store.header['index_crc32'] != self._build:
+                raise InputError(f'{self.file} was replaced by another while it was in use')
+        return store
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_store': None}
+
+    def _labels(self) -> np.ndarray:
+        return self._open().labels
+
+    def _name(self, position: int) -> str:
+        return os.fsdecode(self._open().paths[position].as_py())
+
+    def _where(self, position: int) -> str:
+        return f'{self.file}: record {position} ({self._name(position)})'
+
+    def _raw(self, position: int) -> memoryview:
+        """The record, without a copy: valid as long as this data set is open in this process."""
+        store = self._open()
+        try:
+            data = store.get(_key(position))
+        except lmdb.Error as err:
+            raise ValueError(one_line(err)) from None
+        if data is None:
+            raise InputError(f'{self._where(position)} is missing: {self.remedy}')
+        if len(data) != store.sizes[position] or (self.verify and zlib.crc32(data) != store.checksums[position]):
+            raise ValueError('its bytes were altered after it was written')
+        return data
+
+    def file_size(self, index: int) -> int:
+        return int(self._open().sizes[self._position(index)])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The bytes of each image's file, int64 (n,)."""
+        sizes = np.array(self._open().sizes)
+        return sizes if self._selected is None else sizes[self._selected]

@@ -1,0 +1,77 @@
+"""Loader processes: which signals they take, and that none is left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def deadline(seconds: float, error: Callable[[], Exception]) -> Iterator[None]:
+    """Raises an error in its body after so many seconds, also where that waits for another process without end.
+
+    Does nothing outside the main thread, which alone can be interrupted, and for 0 seconds.
+    """
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise error()
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def ignore_signals(worker: int) -> None:
+    """For loader processes: the signals are for the process that they work for, which may need their batches still.
+
+    They end with it, also if it is killed.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(worker)
+
+
+def end_with_parent(worker: int) -> None:
+    """For loader processes: ends this process soon after its parent, which a kill gave no time to tell it so."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)  # the loader's own watch hangs where a batch waits in the pipe
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def no_children_left() -> Iterator[None]:
+    """Kills the loader processes when its body ends: they take no signal, and one that hangs takes no word either."""
+    try:
+        yield
+    finally:
+        children = multiprocessing.active_children()
+        handler = signal.getsignal(signal.SIGCHLD)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a failure
+        for child in children:
+            child.kill()
+        for child in children:
+            child.join()
+        if in_main_thread and handler is not None:
+            signal.signal(signal.SIGCHLD, handler)

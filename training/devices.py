@@ -1,0 +1,115 @@
+"""Devices, their precisions and switches."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from training.distributed import Process
+from utils import UsageError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+# Devices
+
+
+def default_device(process: Process) -> str:
+    """'cuda', 'mps' or 'cpu': the best that this machine has, and that a group of processes can use."""
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() and process.world_size == 1 else 'cpu'
+
+
+def find_device(name: str, *, process: Process) -> torch.device:
+    """The device of a name such as 'cuda', 'cuda:1', 'cpu'; 'cuda' alone means the GPU of the process's local rank.
+
+    Raises:
+        UsageError: if there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        if device.type not in ('cuda', 'mps', 'cpu'):
+            raise RuntimeError
+    except RuntimeError:
+        raise UsageError(f'--device {name}: no such kind of device; use cuda, mps or cpu') from None
+    if process.world_size > 1 and (device.type == 'mps' or device.index is not None):
+        raise UsageError(f'--device {name}: {process.world_size} processes need cuda, one GPU for each, or cpu')
+    if device.type == 'cuda':
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.index is not None:
+            index = device.index
+        else:  # SLURM may show each of a machine's processes its own GPU only
+            index = 0 if count == 1 and process.launcher == 'slurm' else process.local_rank
+        if index >= count:
+            raise UsageError(
+                f'--device {name}: process {process.rank} needs GPU {index}, but this machine shows {count}'
+            )
+        device = torch.device('cuda', index)
+        torch.cuda.set_device(device)
+    elif device.type == 'mps' and not torch.backends.mps.is_available():
+        raise UsageError(f'--device {name}: this machine has none; use cpu')
+    return device
+
+
+def find_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in, or None for float32.
+
+    'auto' is bfloat16 where the hardware computes in it (CUDA capability 8 and later, CPUs with avx512_bf16, amx_bf16
+    or Arm's bf16), float16 on older GPUs, and float32 elsewhere.
+    """
+    if amp == 'auto':
+        if device.type == 'cuda':
+            amp = 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+        elif device.type == 'cpu':
+            features: Mapping[str, Any] = torch.cpu.get_capabilities()
+            amp = 'bf16' if any(features.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16')) else 'off'
+        else:
+            amp = 'off'
+    return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
+
+
+def set_backends(*, deterministic: bool, tf32: bool) -> None:
+    """PyTorch's switches: the same bits each time, or the fastest kernels; TensorFloat-32 for float32 products on GPUs.
+
+    Args:
+        deterministic: an operation that cannot give the same bits each time is an error.
+        tf32: products of float32 numbers with 10 bits of mantissa, where the GPU has them.
+    """
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision('high' if tf32 else 'highest')
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory that is freed: by default it gives each large activation back to the system.
+
+    Every forward pass would then be handed zeroed pages anew, which costs a CPU a quarter of an evaluation's time.
+    Does nothing elsewhere, nor where the environment configures the allocator (MALLOC_…, GLIBC_TUNABLES, LD_PRELOAD).
+    """
+    configured = any(name.startswith('MALLOC_') or name in ('GLIBC_TUNABLES', 'LD_PRELOAD') for name in os.environ)
+    if configured or not sys.platform.startswith('linux'):
+        return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is not None:  # musl has none
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def num_compiled_graphs() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    counters = getattr(sys.modules.get('torch._dynamo.utils'), 'counters', None)  # not loaded where nothing is compiled
+    return int(counters['stats']['unique_graphs']) if counters is not None else 0
+
+
+def amp_name(amp_dtype: torch.dtype | None) -> str:
+    """'float32', 'bfloat16' or 'float16', for people."""
+    return 'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.')

@@ -1,0 +1,83 @@
+"""Signals that ask a run to stop, processes that fail, and what the others do about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from pipeline.workers import SIGNALS
+from utils import InputError, is_distributed, log
+
+GO_ON, SAVE, STOP = 0, 1, 2  # what processes agree on after a step; STOP plus a signal's number
+
+
+class Interrupted(InputError):
+    """A signal asked the run to stop. The exit code is 128 plus its number, as shells have it."""
+
+    label = 'stopped'
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Interrupts:
+    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a request; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Catches the signals while its body runs, if this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agree(self, *, save: bool) -> int:
+        """What all processes do after this step: GO_ON, SAVE, or STOP plus a signal's number.
+
+        Args:
+            save: whether this process is for a checkpoint.
+        """
+        own = STOP + self.signal if self.signal else SAVE if save else GO_ON
+        if not is_distributed():
+            return own
+        wish = torch.tensor(own)  # in host memory: the device goes on with its work
+        dist.all_reduce(wish, dist.ReduceOp.MAX)
+        return int(wish)
+
+
+def requeue() -> None:
+    """Asks SLURM to start this job again, if it is one; SIGUSR1 is what it sends before a job's time is over."""
+    job = os.environ.get('SLURM_JOB_ID')
+    if job is None or shutil.which('scontrol') is None:
+        return
+    array = os.environ.get('SLURM_ARRAY_JOB_ID'), os.environ.get('SLURM_ARRAY_TASK_ID')
+    name = '_'.join(part for part in array if part) if all(array) else job
+    done = subprocess.run(['scontrol', 'requeue', name], capture_output=True, text=True)
+    log(
+        f'SLURM will start job {name} again'
+        if done.returncode == 0
+        else f'scontrol requeue {name}: {done.stderr.strip()}'
+    )
