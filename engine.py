@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import InputError, Progress, SizedLoader, all_reduce_sum, get_rank, get_world_size, seed_all
+from utils import InputError, ProgressBar, SizedLoader, all_reduce_sum, get_rank, get_world_size, seed_all
 
 
 class NonFiniteError(InputError):
@@ -25,8 +25,26 @@ class NonFiniteError(InputError):
         self.step = step
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What stays the same in all epochs of a training."""
+
+    criterion: nn.Module  # from logits and targets, and the teacher's logits if there is one, to a mean loss
+    device: torch.device
+    amp_dtype: torch.dtype | None = None  # autocast's; None is float32
+    clip_grad: float | None = None  # the largest gradient norm
+    accum_steps: int = 1  # batches for each optimizer step; an epoch's last step takes those that are left
+    mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # makes targets distributions
+    memory_format: torch.memory_format = torch.preserve_format  # of the images
+    train_mode: bool = True  # False keeps BatchNorm's statistics and turns dropout and drop path off
+    teacher: nn.Module | None = None  # gives logits for the same images, mixed as the student sees them
+    seed: int = 0
+    max_skipped_steps: int = 20  # that the loss scaler may leave out in a row
+    print_freq: int = 10  # batches between two printed lines
+
+
 @dataclass
-class Tally:
+class EpochSums:
     """Sums over the batches of an epoch; a checkpoint in the middle of the epoch holds them."""
 
     loss_sum: float = 0.0
@@ -39,181 +57,199 @@ class Tally:
     data_seconds: float = 0.0  # of these, spent waiting for the loader
 
 
-def train_one_epoch(
-    *,
-    model: nn.Module,
-    criterion: nn.Module,
-    loader: SizedLoader,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    epoch: int,
-    scaler: torch.amp.GradScaler,
-    amp_dtype: torch.dtype | None = None,
-    clip_grad: float | None = None,
-    accum_steps: int = 1,
-    model_ema: ModelEmaV3 | None = None,
-    mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    memory_format: torch.memory_format = torch.preserve_format,
-    train_mode: bool = True,
-    teacher: nn.Module | None = None,
-    keep_rate: Callable[[int], float] | None = None,
-    print_freq: int = 10,
-    seed: int = 0,
-    first: int = 0,
-    tally: Tally | None = None,
-    most_skips: int = 20,
-    after_step: Callable[[int, Callable[[], None]], None] | None = None,
-) -> dict[str, float]:
-    """Trains for one epoch, or for the rest of one.
+@dataclass
+class EpochLog:
+    """An epoch's losses and gradient norms, which stay on the device until they are read."""
 
-    Losses stay on the device and are read only when they are printed, so nothing else waits for it. The random draws
-    of each batch (mixing, drop path, dropout) are seeded with (seed, process, epoch, batch).
+    sums: EpochSums
+    progress: ProgressBar
+    epoch: int
+    learning_rate: float
+    scaler: torch.amp.GradScaler
+    max_skipped: int
 
-    Args:
-        model: the model, perhaps inside DistributedDataParallel.
-        criterion: from logits and targets, and the teacher's logits if there is one, to a mean loss.
-        loader: batches of images (B, C, H, W) and class indices (B,).
-        epoch: the epoch's number.
-        scaler: disabled unless the type is float16.
-        amp_dtype: autocast's type, None for float32.
-        clip_grad: the largest gradient norm, None for no limit.
-        accum_steps: batches for each optimizer step; the last step of an epoch takes those that are left.
-        model_ema: updated after each optimizer step.
-        mixup_fn: mixes images and turns targets into distributions.
-        memory_format: of the images.
-        train_mode: False keeps BatchNorm's statistics and turns dropout and drop path off.
-        teacher: gives logits for the same images, mixed as the student sees them.
-        keep_rate: from the number of the batch to the model's argument of that name.
-        print_freq: batches between two printed lines.
-        seed: the run's.
-        first: the number of the loader's first batch, where the epoch goes on.
-        tally: sums over the batches before it, which are gone on with.
-        most_skips: optimizer steps that the scaler may leave out in a row.
-        after_step: called after each optimizer step with the number of the next batch, and a function that reads all
-            losses and brings the tally up to date.
+    def __post_init__(self) -> None:
+        self._seconds_before, self._data_seconds_before = self.sums.seconds, self.sums.data_seconds
+        self._unread: list[tuple[int, list[Tensor], Tensor]] = []
 
-    Returns:
-        `loss`, the mean over all batches and processes, `lr`, the learning rate used (after scaling), `grad_norm`, the
-        mean norm of the gradient before clipping; with an enabled scaler `skipped_steps`; and `keep_rate`, the last
-        one, if there is one.
+    def add(self, batch: int, losses: list[Tensor], norm: Tensor) -> None:
+        """Adds an optimizer step: the number of its first batch, its batches' losses, the norm of its gradient."""
+        self._unread.append((batch, losses, norm))
 
-    Raises:
-        NonFiniteError: on all processes alike, for a loss or a gradient that is no finite number; with float16 for more
-            than `most_skips` in a row.
-    """
-    model.train(train_mode)
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    progress = Progress(loader, header=f'Epoch {epoch}', print_freq=print_freq, first=first)
-    learning_rate = max(group['lr'] for group in optimizer.param_groups)
-    tally = Tally() if tally is None else tally
-    seconds_before, data_seconds_before = tally.seconds, tally.data_seconds
-    unread: list[tuple[int, list[Tensor], Tensor]] = []  # of steps since the last print: first batch, losses, norm
-    group_losses: list[Tensor] = []
-    images_seen = 0
-    optimizer.zero_grad()
+    def read(self) -> None:
+        """Brings the sums up to date, which waits for the device.
 
-    def read() -> None:
-        tally.seconds = seconds_before + progress.seconds
-        tally.data_seconds = data_seconds_before + progress.data_time
-        if not unread:
+        Raises:
+            NonFiniteError: see `train_one_epoch`.
+        """
+        sums = self.sums
+        sums.seconds = self._seconds_before + self.progress.seconds
+        sums.data_seconds = self._data_seconds_before + self.progress.data_time
+        if not self._unread:
             return
-        losses = torch.stack([loss for _, group, _ in unread for loss in group])
+        losses = torch.stack([loss for _, group, _ in self._unread for loss in group])
         values = iter((all_reduce_sum(losses) / get_world_size()).tolist())
-        norms = torch.stack([norm for _, _, norm in unread]).tolist()
-        for (start, group, _), norm in zip(unread, norms, strict=True):
+        norms = torch.stack([norm for _, _, norm in self._unread]).tolist()
+        for (batch, group, _), norm in zip(self._unread, norms, strict=True):
             step_losses = [next(values) for _ in group]
             if math.isfinite(norm) and all(map(math.isfinite, step_losses)):
                 for value in step_losses:
-                    tally.loss_sum += value
-                tally.losses += len(step_losses)
-                tally.norm_sum += norm
-                tally.norms += 1
-                tally.skipped_in_a_row = 0
+                    sums.loss_sum += value
+                sums.losses += len(step_losses)
+                sums.norm_sum += norm
+                sums.norms += 1
+                sums.skipped_in_a_row = 0
                 continue
-            tally.skipped += 1
-            tally.skipped_in_a_row += 1
-            if not scaler.is_enabled() or tally.skipped_in_a_row > most_skips:
-                raise _non_finite(
-                    step={
-                        'epoch': epoch,
-                        'batch': start,
-                        'batches': progress.steps,
-                        'batches_in_step': len(group),
-                        'losses': step_losses,
-                        'gradient_norm': norm,
-                        'learning_rate': learning_rate,
-                        'loss_scale': scaler.get_scale(),
-                    },
-                    skipped=tally.skipped_in_a_row,
-                )
-        unread.clear()
+            sums.skipped += 1
+            sums.skipped_in_a_row += 1
+            if not self.scaler.is_enabled() or sums.skipped_in_a_row > self.max_skipped:
+                raise self._non_finite(batch, step_losses, norm)
+        self._unread.clear()
 
+    def _non_finite(self, batch: int, losses: list[float], norm: float) -> NonFiniteError:
+        step = {
+            'epoch': self.epoch,
+            'batch': batch,
+            'batches': self.progress.steps,
+            'batches_in_step': len(losses),
+            'losses': losses,
+            'gradient_norm': norm,
+            'learning_rate': self.learning_rate,
+            'loss_scale': self.scaler.get_scale(),
+        }
+        bad = [value for value in losses if not math.isfinite(value)]
+        what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {norm}'
+        skipped = self.sums.skipped_in_a_row
+        row = f', in {skipped} steps in a row,' if skipped > 1 else ','
+        rates = f'learning rate {self.learning_rate:.3g} and loss scale {step["loss_scale"]:g}'
+        where = f'at epoch {self.epoch}, step {batch} of {self.progress.steps}'
+        return NonFiniteError(f'{what} {where}{row} with {rates}', step)
+
+    def show(self) -> None:
+        """Prints the means so far."""
+        sums, progress = self.sums, self.progress
+        if not sums.losses:  # before the first step of a run that accumulates
+            return
+        shown = {'loss': f'{sums.loss_sum / sums.losses:.4f}', 'lr': f'{self.learning_rate:.2e}'}
+        shown['grad norm'] = f'{sums.norm_sum / max(sums.norms, 1):.3g}'
+        if self.scaler.is_enabled():
+            shown['skipped'] = f'{sums.skipped}'
+        progress.show({**shown, 's/step': f'{progress.seconds / (progress.step + 1 - progress.first):.3f}'})
+
+    def stats(self) -> dict[str, float]:
+        """The epoch's `loss`, `lr`, `grad_norm`, and with an enabled scaler `skipped_steps`."""
+        self.read()
+        sums = self.sums
+        if not sums.losses:
+            raise InputError(
+                f'the loss scaler left out all {sums.skipped} steps of epoch {self.epoch}: try --amp bf16 or off'
+            )
+        loss, norm = sums.loss_sum / sums.losses, sums.norm_sum / sums.norms
+        stats = {'loss': loss, 'lr': self.learning_rate, 'grad_norm': norm}
+        return {**stats, 'skipped_steps': sums.skipped} if self.scaler.is_enabled() else stats
+
+
+def accumulation_group(batch: int, first: int, steps: int, accum_steps: int) -> tuple[int, int, bool]:
+    """The optimizer step of a batch: its first batch, its number of batches, and whether this one is its last."""
+    position = (batch - first) % accum_steps
+    start = batch - position
+    size = min(accum_steps, steps - start)
+    return start, size, position == size - 1
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, parameters: list[Tensor], clip_grad: float | None
+) -> Tensor:
+    """Updates the parameters and clears their gradients; returns the gradient's norm before clipping."""
+    scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm
+
+
+def forward(
+    model: nn.Module, images: Tensor, targets: Tensor, settings: TrainSettings, keep_rate: float | None
+) -> Tensor:
+    """The mean loss of a batch, in float32."""
+    amp_dtype, teacher = settings.amp_dtype, settings.teacher
+    with torch.autocast(settings.device.type, amp_dtype, enabled=amp_dtype is not None):
+        outputs = model(images, **({} if keep_rate is None else {'keep_rate': keep_rate}))
+        taught = () if teacher is None else (teacher(images).float(),)
+    outputs = outputs.float() if isinstance(outputs, Tensor) else tuple(part.float() for part in outputs)
+    return settings.criterion(outputs, targets, *taught)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: SizedLoader,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: TrainSettings,
+    *,
+    epoch: int,
+    model_ema: ModelEmaV3 | None = None,
+    keep_rate: Callable[[int], float] | None = None,
+    first: int = 0,
+    sums: EpochSums | None = None,
+    after_step: Callable[[int, Callable[[], None]], None] | None = None,
+) -> dict[str, float]:
+    """Trains for one epoch, or from batch number `first` on, with the `sums` of those before.
+
+    Losses are read only when they are printed, so nothing else waits for the device. The random draws of each batch
+    (mixing, drop path, dropout) are seeded with (seed, process, epoch, batch).
+
+    Args:
+        model: the model, perhaps inside DistributedDataParallel.
+        loader: batches of images (B, C, H, W) and class indices (B,).
+        scaler: disabled unless the type is float16.
+        keep_rate: EViT's, from the number of the batch.
+        after_step: called after each optimizer step with the number of the next batch and a function that updates sums.
+
+    Returns:
+        `loss`, the mean over all batches and processes; `lr`, after scaling; `grad_norm`, the mean before clipping;
+        with an enabled scaler `skipped_steps`; with a `keep_rate` the last one.
+
+    Raises:
+        NonFiniteError: on all processes alike, for a loss or a gradient that is no finite number; with an enabled
+            scaler for more than `max_skipped_steps` in a row.
+    """
+    model.train(settings.train_mode)
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    learning_rate = max(group['lr'] for group in optimizer.param_groups)
+    progress = ProgressBar(loader, header=f'Epoch {epoch}', print_freq=settings.print_freq, first=first)
+    log = EpochLog(sums or EpochSums(), progress, epoch, learning_rate, scaler, settings.max_skipped_steps)
+    losses: list[Tensor] = []  # of this optimizer step
+    optimizer.zero_grad()
     for images, targets in progress:
-        images = images.to(device, non_blocking=True, memory_format=memory_format)
-        targets = targets.to(device, non_blocking=True)
-        images_seen += len(images) * get_world_size()
-        seed_all(seed, get_rank(), epoch, progress.step)
-        if mixup_fn is not None:
-            images, targets = mixup_fn(images, targets)
-
-        position = (progress.step - first) % accum_steps
-        group_start = progress.step - position
-        group_size = min(accum_steps, progress.steps - group_start)
-        group_ends = position == group_size - 1
-        waits = isinstance(model, DistributedDataParallel) and not group_ends  # no all-reduce before the group's end
-        with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                outputs = model(images, **({} if keep_rate is None else {'keep_rate': keep_rate(progress.step)}))
-                taught = () if teacher is None else (teacher(images).float(),)
-            outputs = outputs.float() if isinstance(outputs, Tensor) else tuple(part.float() for part in outputs)
-            loss = criterion(outputs, targets, *taught)
-            scaler.scale(loss / group_size).backward()
-        group_losses.append(loss.detach())
-
-        if group_ends:
-            scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+        step = progress.step
+        images = images.to(settings.device, non_blocking=True, memory_format=settings.memory_format)
+        targets = targets.to(settings.device, non_blocking=True)
+        progress.images += len(images) * get_world_size()
+        seed_all(settings.seed, get_rank(), epoch, step)
+        if settings.mixup_fn is not None:
+            images, targets = settings.mixup_fn(images, targets)
+        start, size, is_last = accumulation_group(step, first, progress.steps, settings.accum_steps)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
+            loss = forward(model, images, targets, settings, None if keep_rate is None else keep_rate(step))
+            scaler.scale(loss / size).backward()
+        losses.append(loss.detach())
+        if is_last:
+            norm = optimizer_step(optimizer, scaler, parameters, settings.clip_grad)
             if model_ema is not None:
                 model_ema.update(model.module if isinstance(model, DistributedDataParallel) else model)
-            unread.append((group_start, group_losses, norm))
-            group_losses = []
-
+            log.add(start, losses, norm)
+            losses = []
         if progress.due():
-            read()
-            shown = {
-                'loss': f'{tally.loss_sum / max(tally.losses, 1):.4f}',
-                'lr': f'{learning_rate:.2e}',
-                'grad norm': f'{tally.norm_sum / max(tally.norms, 1):.3g}',
-                **({'skipped': f'{tally.skipped}'} if scaler.is_enabled() else {}),
-                's/step': f'{progress.seconds / (progress.step + 1 - first):.3f}',
-            }
-            if tally.losses:  # none before the first step of a run that accumulates
-                progress.show(shown, images=images_seen)
-        if group_ends and after_step is not None:
-            after_step(progress.step + 1, read)
-
-    read()
-    if not tally.losses:
-        raise InputError(f'the loss scaler left out all {tally.skipped} steps of epoch {epoch}: try --amp bf16 or off')
-    stats = {'loss': tally.loss_sum / tally.losses, 'lr': learning_rate, 'grad_norm': tally.norm_sum / tally.norms}
-    if scaler.is_enabled():
-        stats['skipped_steps'] = tally.skipped
+            log.read()
+            log.show()
+        if is_last and after_step is not None:
+            after_step(step + 1, log.read)
+    stats = log.stats()
     return stats if keep_rate is None else {**stats, 'keep_rate': keep_rate(progress.steps - 1)}
-
-
-def _non_finite(*, step: dict[str, Any], skipped: int) -> NonFiniteError:
-    """The error for a step: its losses or its gradient norm are no finite numbers."""
-    where = f'at epoch {step["epoch"]}, step {step["batch"]} of {step["batches"]}'
-    bad = [value for value in step['losses'] if not math.isfinite(value)]
-    what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {step["gradient_norm"]}'
-    row = f', in {skipped} steps in a row,' if skipped > 1 else ','
-    rates = f'learning rate {step["learning_rate"]:.3g} and loss scale {step["loss_scale"]:g}'
-    return NonFiniteError(f'{what} {where}{row} with {rates}', step)
 
 
 @torch.inference_mode()
@@ -244,15 +280,14 @@ def evaluate(
         than five; `images`, how many they are made from.
     """
     model.eval()
-    progress = Progress(loader, header=header, print_freq=print_freq)
+    progress = ProgressBar(loader, header=header, print_freq=print_freq)
     loss_sum = torch.zeros((), device=device)
     right = torch.zeros(2, dtype=torch.int64, device=device)  # at once, among five
     counted = torch.zeros((), dtype=torch.int64, device=device)
-    images_seen = 0
     for images, targets in progress:
         if stop is not None and stop():
             break
-        images_seen += len(images)
+        progress.images += len(images)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         counted += (targets >= 0).sum()
@@ -263,7 +298,7 @@ def evaluate(
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
         if progress.due():
-            progress.show({'loss': f'{loss_sum.item() / max(counted.item(), 1):.4f}'}, images=images_seen)
+            progress.show({'loss': f'{loss_sum.item() / max(counted.item(), 1):.4f}'})
     if sharded:
         for value in (loss_sum, right, counted):
             all_reduce_sum(value)

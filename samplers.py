@@ -133,7 +133,7 @@ class TrainBatches(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def stretch(self, number: int) -> tuple[int, int]:
+    def batch_range(self, number: int) -> tuple[int, int]:
         """Where in the epoch's sequence batch `number` of all processes begins and ends."""
         batch = self._batches[number - self.first]
         return int(batch[0]), int(batch[-1]) + 1

@@ -142,7 +142,7 @@ class SizedLoader(Protocol):
 LoaderT = TypeVar('LoaderT', bound=SizedLoader)
 
 
-class Progress(Generic[LoaderT]):
+class ProgressBar(Generic[LoaderT]):
     """Iterates over a loader and shows how far it is: a bar on a terminal, a plain line every few steps elsewhere.
 
     Args:
@@ -159,6 +159,7 @@ class Progress(Generic[LoaderT]):
         self.first = first
         self.steps = first + len(loader)
         self.step = first
+        self.images = 0  # that all processes have seen, counted by the loop
         self.data_time = 0.0  # seconds spent waiting for the loader
         self.start = time.perf_counter()
         self.bar: tqdm | None = None
@@ -189,9 +190,9 @@ class Progress(Generic[LoaderT]):
         """Whether values are to be shown at this step."""
         return self.step % self.print_freq == 0 or self.step == self.steps - 1
 
-    def show(self, values: Mapping[str, str], *, images: int) -> None:
-        """Shows values at this step, and images per second from the images seen so far by all processes."""
-        rate = images / max(self.seconds, 1e-9)
+    def show(self, values: Mapping[str, str]) -> None:
+        """Shows values at this step, and images per second."""
+        rate = self.images / max(self.seconds, 1e-9)
         text = '  '.join(f'{name} {value}' for name, value in values.items())
         if self.bar is not None:
             self.bar.set_postfix_str(f'{text}  {rate:.0f} images/s')

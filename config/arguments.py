@@ -241,7 +241,7 @@ def stored_flags(stored: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _mixes(args: argparse.Namespace) -> bool:
+def mixes_images(args: argparse.Namespace) -> bool:
     """Whether training mixes images, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
@@ -270,7 +270,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         args = parser.parse_args([*stored_flags(stored), *typed])
 
     trains = not args.eval and not args.only_test_speed
-    if _mixes(args) and args.batch_size % 2 and trains:
+    if mixes_images(args) and args.batch_size % 2 and trains:
         raise UsageError(f'--batch-size {args.batch_size} is odd: mixup and cutmix need an even one, or both at 0')
     if args.cutmix_minmax and not int(args.input_size * args.cutmix_minmax[0]) < int(
         args.input_size * args.cutmix_minmax[1]

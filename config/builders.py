@@ -1,4 +1,4 @@
-"""From flags to a run's parts: model, teacher, optimizer, schedule."""
+"""From flags to a run's parts: model, loss, teacher, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from config.arguments import EVIT_FLAGS
+from config.arguments import EVIT_FLAGS, mixes_images
 from config.models import (
     DEFAULT_TEACHER,
     check_output,
     create_model,
     create_teacher,
+    distribute,
     keeps_tokens_by_rate,
+    recompute_blocks,
+    synchronize_stem,
 )
 from datasets import Splits
-from losses import Teacher
+from losses import DistillationLoss, Teacher, create_criterion
+from models import evit
 from training.distributed import Process, in_turn
 from utils import (
     UsageError,
@@ -48,13 +52,18 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     )
 
 
-def build_teacher(args: argparse.Namespace, process: Process, model: nn.Module, splits: Splits) -> Teacher:
-    """The teacher, and the student made ready for it.
+def build_criterion(
+    args: argparse.Namespace, process: Process, model: nn.Module, splits: Splits
+) -> tuple[nn.Module, Teacher | None]:
+    """The loss, and the teacher of distillation, for which the student is made ready.
 
     Raises:
         UsageError: if the student has one head only, or the teacher cannot be built.
         InputError: if the teacher's weights cannot be had.
     """
+    criterion = create_criterion(mixed=mixes_images(args), smoothing=args.smoothing)
+    if args.distillation_type == 'none':
+        return criterion, None
     if not hasattr(model, 'set_distilled_training'):
         raise UsageError(f'--distillation-type {args.distillation_type} needs a model with a second head, such as '
                          f'dhvt_tiny_cifar_patch4_distilled; {args.model} has one')  # fmt: skip
@@ -63,7 +72,32 @@ def build_teacher(args: argparse.Namespace, process: Process, model: nn.Module, 
     with in_turn(process):
         teacher = create_teacher(args.teacher_model, args.teacher_path, **sizes, classes=splits.val.classes)
     check_output(teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, **sizes)
-    return teacher
+    alpha = 0.5 if args.distillation_alpha is None else args.distillation_alpha
+    kind, tau = args.distillation_type, args.distillation_tau or 1.0
+    return DistillationLoss(criterion, kind=kind, alpha=alpha, tau=tau), teacher
+
+
+def build_keep_rates(args: argparse.Namespace) -> evit.KeepRateSchedule | None:
+    """EViT's schedule, None for other models."""
+    if not keeps_tokens_by_rate(args.model):
+        return None
+    return evit.KeepRateSchedule(
+        base_keep_rate=evit.BASE_KEEP_RATE if args.base_keep_rate is None else args.base_keep_rate,
+        start_epoch=10 if args.shrink_start_epoch is None else args.shrink_start_epoch,
+        epochs=args.shrink_epochs or 0,
+    )
+
+
+def prepare_training(args: argparse.Namespace, model: nn.Module, process: Process, device: torch.device) -> nn.Module:
+    """The model as training calls it: recomputed, compiled and distributed as the flags say."""
+    if args.grad_checkpointing:
+        recompute_blocks(model, args.model)
+    if args.compile != 'off':
+        model.compile(mode=args.compile)  # in place: names of weights stay, and copies of the model are not compiled
+    if process.world_size == 1:
+        return model
+    synchronize_stem(model, device)
+    return distribute(model, device, accum_steps=args.accum_steps)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, device: torch.device) -> Any:

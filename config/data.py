@@ -8,11 +8,12 @@ from contextlib import nullcontext
 
 import torch
 
-from config.arguments import _mixes
+from config.arguments import mixes_images
 from config.flags import (
     usable_workers,
 )
 from datasets import DATA_SETS, Splits, build_datasets
+from pipeline.augment import BatchedMixup
 from pipeline.loaders import TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
@@ -79,7 +80,7 @@ def plan_batches(args: argparse.Namespace, splits: Splits, process: Process) -> 
         num_replicas=process.world_size,
         rank=process.rank,
         repeated=args.repeated_aug,
-        even=_mixes(args),
+        even=mixes_images(args),
     )
     if not len(batches):
         raise InputError(
@@ -109,4 +110,20 @@ def open_loaders(
         workers=usable_workers(args.num_workers, processes=process.local_world_size),
         pin_memory=args.pin_mem,
         timeout=args.timeout,
+    )
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> BatchedMixup | None:
+    """Mixup and cutmix, None if neither is wanted."""
+    if not mixes_images(args):
+        return None
+    return BatchedMixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import NonFiniteError, evaluate, train_one_epoch
+from engine import NonFiniteError, TrainSettings, evaluate, train_one_epoch
 
 CPU = torch.device('cpu')
 
@@ -26,15 +26,11 @@ def data(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(model: nn.Module, batches: DataLoader, **kwargs: Any) -> dict[str, float]:
+    own = {name: kwargs.pop(name) for name in ('sums', 'first', 'after_step') if name in kwargs}
+    optimizer = kwargs.pop('optimizer', None) or torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = TrainSettings(**{'criterion': nn.CrossEntropyLoss(), 'device': CPU, **kwargs})
     return train_one_epoch(
-        model=model,
-        criterion=nn.CrossEntropyLoss(),
-        loader=batches,
-        optimizer=kwargs.pop('optimizer', None) or torch.optim.SGD(model.parameters(), lr=0.1),
-        device=CPU,
-        epoch=3,
-        scaler=torch.amp.GradScaler('cpu', enabled=False),
-        **kwargs,
+        model, batches, optimizer, torch.amp.GradScaler('cpu', enabled=False), settings, epoch=3, **own
     )
 
 
@@ -99,16 +95,7 @@ def test_values_are_read_only_to_print() -> None:
 
     model = linear().float()
     Counted.reads = 0
-    train_one_epoch(
-        model=model,
-        criterion=Loss(),
-        loader=loader(*data(40), 2),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        device=CPU,
-        epoch=0,
-        scaler=torch.amp.GradScaler('cpu', enabled=False),
-        print_freq=5,
-    )
+    train(model, loader(*data(40), 2), criterion=Loss(), print_freq=5)
     assert Counted.reads == 5  # losses, after steps 0, 5, 10, 15 and the last, 19
 
 

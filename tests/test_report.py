@@ -23,7 +23,7 @@ from PIL import Image
 
 from config.arguments import parse_args
 from datasets import load_digits
-from engine import Tally
+from engine import EpochSums
 from main import main as train
 from pipeline.transforms import build_transform
 from reports import figures as report_figures
@@ -409,9 +409,9 @@ def test_signal_leaves_the_predictions_out(digits: Path, tmp_path: Path) -> None
 
 
 def test_seconds_of_waiting_go_on_with_the_epoch() -> None:
-    tally = Tally(seconds=100.0, data_seconds=50.0)
-    train_linear(linear().float(), loader(*data(8), 4), tally=tally)
-    assert 50 < tally.data_seconds < tally.seconds - 50 < 100
+    sums = EpochSums(seconds=100.0, data_seconds=50.0)
+    train_linear(linear().float(), loader(*data(8), 4), sums=sums)
+    assert 50 < sums.data_seconds < sums.seconds - 50 < 100
 
 
 # Bad input

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from config.arguments import parse_args
-from engine import NonFiniteError, Tally, train_one_epoch
+from engine import EpochSums, NonFiniteError, TrainSettings, train_one_epoch
 from main import main
 from tests.conftest import PLAIN, SMALL_MODEL
 from training import checkpoint as ckpt
 from training import signals as interrupts
 from training.output import BackgroundWriter, OutputFolder
-from training.state import Progress, compare
+from training.state import TrainingProgress, compare
 from utils import InputError, seed_all
 
 DIGITS = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--batch-size', '256']
@@ -117,11 +117,13 @@ def test_forced_arguments_count(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_checked_before_anything_changes(finished: Path) -> None:
-    from training.state import Parts, load_state
+    from training.state import TrainState, load_state
 
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    parts = Parts(model, None, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), torch.amp.GradScaler('cpu'))
+    parts = TrainState(
+        model, None, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), torch.amp.GradScaler('cpu')
+    )
     before = [p.clone() for p in model.parameters()]
     good = {**parts.state(), 'epoch': 3, 'model': {'weight': torch.ones(2, 2), 'bias': torch.ones(2)}}
     entry = {'step': torch.tensor(1.0), 'exp_avg': torch.ones(2, 3), 'exp_avg_sq': torch.ones(2, 2)}
@@ -136,7 +138,7 @@ def test_a_checkpoint_is_checked_before_anything_changes(finished: Path) -> None
         with pytest.raises(InputError, match=message):
             load_state(parts, {**good, **change}, 'a.pth')
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    assert load_state(parts, good, 'a.pth') == Progress(epoch=4) and model.bias[0] == 1
+    assert load_state(parts, good, 'a.pth') == TrainingProgress(epoch=4) and model.bias[0] == 1
 
 
 # Files
@@ -321,16 +323,10 @@ def test_seeds_mix_all_their_numbers() -> None:
 
 
 def train(model: nn.Module, batches: list, scaler: torch.amp.GradScaler, **kwargs: Any) -> dict[str, float]:
-    return train_one_epoch(
-        model=model,
-        criterion=nn.CrossEntropyLoss(),
-        loader=batches,  # type: ignore[arg-type]
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        device=torch.device('cpu'),
-        epoch=0,
-        scaler=scaler,
-        **kwargs,
-    )
+    own = {name: kwargs.pop(name) for name in ('sums', 'first') if name in kwargs}
+    settings = TrainSettings(criterion=nn.CrossEntropyLoss(), device=torch.device('cpu'), **kwargs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return train_one_epoch(model, batches, optimizer, scaler, settings, epoch=0, **own)  # type: ignore[arg-type]
 
 
 def batches(bad: tuple[int, ...] = (), n: int = 8) -> list:
@@ -344,13 +340,13 @@ def batches(bad: tuple[int, ...] = (), n: int = 8) -> list:
 def test_skips_of_the_scaler_are_counted() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    tally = Tally()
-    stats = train(model, batches((2, 3, 6)), torch.amp.GradScaler('cpu'), tally=tally, most_skips=2)
-    assert stats['skipped_steps'] == 3 and tally.losses == 5 and tally.skipped_in_a_row == 0
+    sums = EpochSums()
+    stats = train(model, batches((2, 3, 6)), torch.amp.GradScaler('cpu'), sums=sums, max_skipped_steps=2)
+    assert stats['skipped_steps'] == 3 and sums.losses == 5 and sums.skipped_in_a_row == 0
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     assert 0 < stats['loss'] < 10 and 0 < stats['grad_norm'] < 100
     with pytest.raises(NonFiniteError, match=r'in 3 steps in a row, with learning rate 0.1 and loss scale') as caught:
-        train(nn.Linear(3, 2), batches((2, 3, 4)), torch.amp.GradScaler('cpu'), most_skips=2)
+        train(nn.Linear(3, 2), batches((2, 3, 4)), torch.amp.GradScaler('cpu'), max_skipped_steps=2)
     assert caught.value.step['batch'] == 4
 
 
@@ -373,9 +369,9 @@ def test_the_middle_of_an_epoch_goes_on(tmp_path: Path) -> None:
     model.load_state_dict(whole_model.state_dict())
     off = torch.amp.GradScaler('cpu', enabled=False)
     whole = train(whole_model, batches(), off, print_freq=3)
-    tally = Tally()
-    train(model, batches()[:5], off, tally=tally)
-    assert train(model, batches()[5:], off, tally=tally, first=5, print_freq=2) == whole
+    sums = EpochSums()
+    train(model, batches()[:5], off, sums=sums)
+    assert train(model, batches()[5:], off, sums=sums, first=5, print_freq=2) == whole
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole_model.parameters(), strict=True))
 
 

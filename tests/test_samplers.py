@@ -113,7 +113,7 @@ def test_stretches_are_left_out() -> None:
     assert own == [batch for number, batch in enumerate(whole) if number not in (1, 4)]
     plan = TrainBatches(256, batch_size=32)
     plan.start(**start)
-    assert [plan.stretch(number) for number in range(3)] == [(0, 32), (64, 96), (96, 128)]
+    assert [plan.batch_range(number) for number in range(3)] == [(0, 32), (64, 96), (96, 128)]
 
 
 def test_fewer_draws_than_processes_are_counted() -> None:

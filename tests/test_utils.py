@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from training import distributed
 from training.devices import find_amp_dtype, find_device
 from training.distributed import Process, _slurm_rendezvous, find_process
-from utils import InputError, Progress, UsageError, format_seconds, one_line
+from utils import InputError, ProgressBar, UsageError, format_seconds, one_line
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_errors_of_loader_processes_become_one_line() -> None:
 
 
 def run_progress() -> None:
-    progress = Progress(range(7), header='Epoch 2', print_freq=3)
+    progress = ProgressBar(range(7), header='Epoch 2', print_freq=3)
     for _ in progress:
         if progress.due():
             progress.show({'loss': '0.5'}, images=10)

@@ -51,7 +51,7 @@ from training import checkpoint as ckpt
 from training.devices import default_device, find_amp_dtype, find_device
 from training.distributed import Process
 from training.output import BEST
-from utils import InputError, Progress, SizedLoader, one_line, shorten
+from utils import InputError, ProgressBar, SizedLoader, one_line, shorten
 
 TEMPLATE = 'report_template.html'
 MOST_PAIRS = 15  # of classes that are confused
@@ -249,7 +249,7 @@ def _answers(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Targets, answers and their probabilities, batch by batch."""
     found = []
-    for images, targets in Progress(loader, header='Predictions', print_freq=10):
+    for images, targets in ProgressBar(loader, header='Predictions', print_freq=10):
         if stop is not None and stop():
             raise InputError('a signal ended the evaluation')
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):

@@ -31,7 +31,7 @@ def _within(seconds: float, call: Callable[[], str]) -> str | None:
     return answers[0] if answers else None
 
 
-def leave_word(rank: int, reason: str) -> None:
+def report_failure(rank: int, reason: str) -> None:
     """Tells the other processes why this one stops."""
     store = get_store()
 
@@ -45,7 +45,7 @@ def leave_word(rank: int, reason: str) -> None:
         _within(2, tell)
 
 
-def lost_contact(rank: int, error: BaseException, *, patience: float = 3.0) -> str:
+def find_failed_process(rank: int, error: BaseException, *, patience: float = 3.0) -> str:
     """Why a collective of this process failed: which of the others stopped, and what it said.
 
     Args:

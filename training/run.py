@@ -7,12 +7,13 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
 from torch import nn
 
-from engine import NonFiniteError, train_one_epoch
+from engine import NonFiniteError, TrainSettings, train_one_epoch
 from models.evit import KeepRateSchedule
 from pipeline.images import ImageDataset
 from pipeline.loaders import TrainLoader
@@ -20,10 +21,11 @@ from training import checkpoint as ckpt
 from training.devices import num_compiled_graphs
 from training.output import OutputFolder
 from training.signals import GO_ON, STOP, Interrupted, Interrupts, requeue
-from training.state import Parts, Progress, compare, load_state, to_state
+from training.state import TrainingProgress, TrainState, compare, load_state, to_state
 from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log
 
-MOST_REWINDS = 10  # in an epoch
+MAX_REWINDS = 10  # in an epoch
+Test = Callable[..., dict[str, float]]  # evaluates a model under a header, at a keep rate, until told to stop
 
 
 def report_accuracy(stats: dict[str, float]) -> None:
@@ -31,88 +33,95 @@ def report_accuracy(stats: dict[str, float]) -> None:
     log(f'  acc@1 {stats["acc1"]:.4f}  acc@5 {stats["acc5"]:.4f}  loss {stats["loss"]:.6f}')
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a run goes on from epoch to epoch, and what it does about trouble."""
+
+    last_epoch: int  # how many epochs there are, the cool-down included
+    lr_delay_epochs: int = 0  # by which training trails the schedule
+    checkpoint_every: tuple[str, float] | None = None  # 'steps' or 'minutes', and how many, inside an epoch
+    rewinds: bool = False  # go back, once a step gives no finite numbers, and leave it out
+
+
 class Run:
     """A training: its epochs, and what happens between, inside and after them.
 
     Args:
-        parts: what training changes.
+        state: what training changes.
         trained: the model as it is called in training, perhaps inside DistributedDataParallel.
         loader: training batches, made by a `TrainBatches`.
         dataset: the training images.
-        test: evaluates a model under a header, at a keep rate.
-        epoch_options: further arguments of `train_one_epoch`.
+        test: gives a model's results.
+        settings: of each epoch.
+        run_settings: of the run.
         keep_rates: EViT's schedule, if the model is one.
-        settings: what a checkpoint says beside the run's state: `classes`, `args`, `fingerprint`.
-        last_epoch: how many epochs there are, the cool-down included.
-        lr_delay_epochs: epochs by which training trails the schedule.
-        checkpoint_every: ('steps' or 'minutes', how many) between two checkpoints inside an epoch.
-        rewinds: go back, once a step gives no finite numbers, and leave it out.
+        described: what a checkpoint says beside the run's state: `classes`, `args`, `fingerprint`.
         output: the run's folder.
-        interrupts: whether the run is to stop.
     """
 
     def __init__(
         self,
         *,
-        parts: Parts,
+        state: TrainState,
         trained: nn.Module,
         loader: TrainLoader,
         dataset: ImageDataset,
-        test: Callable[..., dict[str, float]],
-        epoch_options: Mapping[str, Any],
+        test: Test,
+        settings: TrainSettings,
+        run_settings: RunSettings,
         keep_rates: KeepRateSchedule | None,
-        settings: Mapping[str, Any],
-        last_epoch: int,
-        lr_delay_epochs: int,
-        checkpoint_every: tuple[str, float] | None,
-        rewinds: bool,
+        described: Mapping[str, Any],
         output: OutputFolder,
-        interrupts: Interrupts,
     ) -> None:
-        self.parts = parts
+        self.state = state
         self.trained = trained
         self.loader = loader
         self.batches = loader.batch_sampler
         self.dataset = dataset
         self.test = test
-        self.epoch_options = epoch_options
-        self.keep_rates = keep_rates
         self.settings = settings
-        self.last_epoch = last_epoch
-        self.lr_delay_epochs = lr_delay_epochs
-        self.checkpoint_every = checkpoint_every
-        self.rewinds = rewinds
+        self.run_settings = run_settings
+        self.keep_rates = keep_rates
+        self.described = described
         self.output = output
-        self.interrupts = interrupts
-        self.progress = Progress()
-        self.num_parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+        self.interrupts = Interrupts()
+        self.progress = TrainingProgress()
+        self.num_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
         self._trained_epochs = 0  # by this process
         self._rewound = 0  # since the last whole epoch
         self._steps_since_save, self._saved_at = 0, time.monotonic()
 
-    def resume(self, state: dict[str, Any], source: str, *, force: bool = False) -> None:
+    def start_at(self, epoch: int) -> None:
+        """Begins with another epoch than the first."""
+        self.progress.epoch = epoch
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        """Brings the learning rates to where the schedule has this epoch."""
+        self.state.scheduler.step(max(self.progress.epoch - self.run_settings.lr_delay_epochs, 0), None)
+
+    def resume(self, checkpoint: dict[str, Any], source: str, *, force: bool = False) -> None:
         """Goes on from a checkpoint.
 
         Args:
-            state: the checkpoint.
             source: its name, for messages.
             force: go on although arguments or data differ; then those of this run count.
 
         Raises:
             InputError: if it is of a run that differs, unless forced.
         """
-        stored, own = ckpt.stored_args(state).get('opt'), self.settings['args']['opt']
+        stored, own = ckpt.stored_args(checkpoint).get('opt'), self.described['args']['opt']
         if stored not in (None, own):
             raise InputError(f'{source} is of a run with --opt {stored}, not {own}')
-        differences, notes, other_batch = compare(state, self.settings['args'], self.settings['fingerprint'])
+        differences, notes, other_batch = compare(checkpoint, self.described['args'], self.described['fingerprint'])
         if differences and not force:
             raise InputError(
                 f'{source} is of a run that differs: {"; ".join(differences)}. Start it as it was, choose another '
                 '--output_dir, or go on with --force-resume'
             )
-        self.progress = load_state(self.parts, state, source, schedule=not differences and not other_batch)
+        self.progress = load_state(self.state, checkpoint, source, schedule=not differences and not other_batch)
         if differences or other_batch:  # the rates of the new arguments
-            self.parts.scheduler.step(max(self.progress.epoch - self.lr_delay_epochs, 0), None)
+            self._set_rates()
         for line in (*differences, *notes):
             log(f'Note: {line}')
         within = f', {self.progress.batch} steps of epoch {self.progress.epoch}' if self.progress.batch else ''
@@ -122,14 +131,14 @@ class Run:
         )
 
     def save(self, *, best: bool = False) -> None:
-        self.output.save(to_state(self.parts, self.progress, self.settings), best=best)
+        self.output.save(to_state(self.state, self.progress, self.described), best=best)
         self._steps_since_save, self._saved_at = 0, time.monotonic()
 
     def _save_is_due(self) -> bool:
         """Whether the main process wants a checkpoint now; not while the last one is still being written."""
-        if self.checkpoint_every is None or self.output.path is None or self.output.busy:
+        if self.run_settings.checkpoint_every is None or self.output.path is None or self.output.busy:
             return False
-        unit, number = self.checkpoint_every
+        unit, number = self.run_settings.checkpoint_every
         passed = self._steps_since_save if unit == 'steps' else (time.monotonic() - self._saved_at) / 60
         return passed >= number
 
@@ -139,7 +148,7 @@ class Run:
         if decision == GO_ON:
             return
         read()
-        self.progress.batch, self.progress.done = batch, self.batches.stretch(batch - 1)[1]
+        self.progress.batch, self.progress.done = batch, self.batches.batch_range(batch - 1)[1]
         if decision >= STOP:
             self._stop(decision - STOP)
         self.save()
@@ -183,21 +192,23 @@ class Run:
             raise err
         where = self._dump(err)
         self.output.wait()
-        hint = '--on-nan rewind leaves such a batch out' if not self.rewinds else 'rewinding has not helped'
-        if not self.rewinds or self._rewound == MOST_REWINDS:
+        hint = (
+            '--on-nan rewind leaves such a batch out' if not self.run_settings.rewinds else 'rewinding has not helped'
+        )
+        if not self.run_settings.rewinds or self._rewound == MAX_REWINDS:
             kept = '; the last checkpoint is from before it' if self.output.wanted else ''
             raise NonFiniteError(f'{err}{where}{kept}; {hint}', err.step)
         self._rewound += 1
         first, number = err.step['batch'], err.step['batches_in_step']
-        stretch = self.batches.stretch(first)[0], self.batches.stretch(first + number - 1)[1]
-        left_out = [*self.progress.left_out, (self.progress.epoch, *stretch)]
+        begin, end = self.batches.batch_range(first)[0], self.batches.batch_range(first + number - 1)[1]
+        left_out = [*self.progress.left_out, (self.progress.epoch, begin, end)]
         found = from_main_process(self.output.newest())
         if found is None:
             raise err
         source, data = found
-        self.progress = load_state(self.parts, ckpt.from_bytes(data, source), source)
+        self.progress = load_state(self.state, ckpt.from_bytes(data, source), source)
         self.progress.left_out = left_out
-        log(f'Warning: {err}{where}. Back to {source}; the {stretch[1] - stretch[0]} samples of that step are left out')
+        log(f'Warning: {err}{where}. Back to {source}; the {end - begin} samples of that step are left out')
 
     def train(self) -> dict[str, Any]:
         """Runs the epochs that are left; returns the last line of the log.
@@ -208,14 +219,14 @@ class Run:
         """
         progress = self.progress
         started = time.perf_counter()
-        if progress.epoch >= self.last_epoch:
-            log(f'Nothing is left to train: the checkpoint has all {self.last_epoch} epochs')
+        if progress.epoch >= self.run_settings.last_epoch:
+            log(f'Nothing is left to train: the checkpoint has all {self.run_settings.last_epoch} epochs')
             keep_rate = progress.keep_rate if self.keep_rates is not None else None
-            report_accuracy(self.test(self.parts.model, 'Test', keep_rate))
-        elif self.rewinds:
+            report_accuracy(self.test(self.state.model, 'Test', keep_rate))
+        elif self.run_settings.rewinds:
             self.save()  # what to go back to: this run, with its arguments
         with self.interrupts.installed():
-            while self.progress.epoch < self.last_epoch:
+            while self.progress.epoch < self.run_settings.last_epoch:
                 try:
                     stats = self._train_epoch()
                 except NonFiniteError as err:
@@ -228,12 +239,12 @@ class Run:
         return self.progress.history[-1] if self.progress.history else {}
 
     def _train_epoch(self) -> dict[str, float]:
-        progress, parts = self.progress, self.parts
+        progress, state = self.progress, self.state
         self.batches.start(
             progress.epoch,
             done=progress.done,
             num_draws=progress.num_draws,
-            left_out=progress.stretches(),
+            left_out=progress.skipped_ranges(),
             first=progress.batch,
         )
         if self.batches.unplaced:
@@ -242,17 +253,17 @@ class Run:
         steps = progress.batch + len(self.batches)
         compiled = num_compiled_graphs()
         stats = train_one_epoch(
-            model=self.trained,
-            loader=self.loader,
-            optimizer=parts.optimizer,
-            scaler=parts.scaler,
-            model_ema=parts.model_ema,
+            self.trained,
+            self.loader,
+            state.optimizer,
+            state.scaler,
+            self.settings,
             epoch=progress.epoch,
+            model_ema=state.model_ema,
             keep_rate=partial(self.keep_rates, progress.epoch, steps=steps) if self.keep_rates is not None else None,
             first=progress.batch,
-            tally=progress.tally,
+            sums=progress.sums,
             after_step=self._after_step,
-            **self.epoch_options,
         )
         more = num_compiled_graphs() - compiled
         if self._trained_epochs and more:
@@ -274,40 +285,40 @@ class Run:
 
     def _finish_epoch(self, train_stats: dict[str, float]) -> None:
         """Evaluates, logs and saves."""
-        progress, parts, epoch = self.progress, self.parts, self.progress.epoch
+        progress, state, epoch = self.progress, self.state, self.progress.epoch
         progress.batch, progress.done = progress.batch + len(self.batches), self.batches.length
         progress.batch = max(progress.batch, 1)
         progress.keep_rate = train_stats.pop('keep_rate', None)
         self.dataset.log_bad_images()
         started = time.perf_counter()
         line = {f'train_{name}': value for name, value in train_stats.items()}
-        line |= self._test(parts.model, 'Test', 'test')
+        line |= self._test(state.model, 'Test', 'test')
         if not math.isfinite(line['test_loss']):
             raise NonFiniteError(
                 f'the test loss is {line["test_loss"]} after epoch {epoch}, with learning rate '
                 f'{train_stats["lr"]:.3g}; the last checkpoint is from before the end of this epoch', {}
             )  # fmt: skip
-        if parts.model_ema is not None:
-            average = copy.deepcopy(parts.model_ema.module).to(self.epoch_options['device'])
+        if state.model_ema is not None:
+            average = copy.deepcopy(state.model_ema.module).to(self.settings.device)
             line |= self._test(average, 'Test of the moving average', 'ema_test')
         is_best = line['test_acc1'] > progress.best
         progress.best = max(progress.best, line['test_acc1'])
         line |= {'max_accuracy': progress.best, 'epoch': epoch, 'n_parameters': self.num_parameters}
         if progress.keep_rate is not None:
             line['keep_rate'] = progress.keep_rate
-        steps = max(progress.tally.losses, 1)
+        steps = max(progress.sums.losses, 1)
         timing = {
             'epoch': epoch,
-            'train_images': (progress.num_draws or 0) - sum(end - begin for begin, end in progress.stretches()),
-            'train_seconds': round(progress.tally.seconds, 3),
-            'data_seconds': round(progress.tally.data_seconds, 3),
-            'step_seconds': round(progress.tally.seconds / steps, 6),
+            'train_images': (progress.num_draws or 0) - sum(end - begin for begin, end in progress.skipped_ranges()),
+            'train_seconds': round(progress.sums.seconds, 3),
+            'data_seconds': round(progress.sums.data_seconds, 3),
+            'step_seconds': round(progress.sums.seconds / steps, 6),
             'test_seconds': round(time.perf_counter() - started, 3),
         }
         progress.history.append(line)
         progress.timings.append(timing)
-        if epoch + 1 > self.lr_delay_epochs:
-            parts.scheduler.step(epoch + 1 - self.lr_delay_epochs, line['test_loss'])
+        if epoch + 1 > self.run_settings.lr_delay_epochs:
+            state.scheduler.step(epoch + 1 - self.run_settings.lr_delay_epochs, line['test_loss'])
         progress.next_epoch()
         self._rewound = 0
         self.save(best=is_best)

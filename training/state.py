@@ -13,7 +13,7 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from engine import Tally
+from engine import EpochSums
 from training import checkpoint as ckpt
 from utils import InputError, log, one_line
 
@@ -29,30 +29,30 @@ FREE_ARGUMENTS = {
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run is.
 
     `epoch` is trained next, or now: then `done` of its `num_draws` draws, of all processes, and the batches before
-    number `batch` are behind it, and `tally` has their sums.
+    number `batch` are behind it, and `sums` has their losses.
     """
 
     epoch: int = 0
     batch: int = 0
     done: int = 0
     num_draws: int | None = None
-    tally: Tally = field(default_factory=Tally)
+    sums: EpochSums = field(default_factory=EpochSums)
     best: float = -1.0  # accuracy in percent
     keep_rate: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of log.txt
     timings: list[dict[str, Any]] = field(default_factory=list)  # the lines of timing.txt
-    left_out: list[tuple[int, int, int]] = field(default_factory=list)  # epoch, and stretches of its draws
+    left_out: list[tuple[int, int, int]] = field(default_factory=list)  # epoch, and ranges of its draws
 
     def next_epoch(self) -> None:
         self.epoch += 1
         self.batch = self.done = 0
-        self.num_draws, self.tally = None, Tally()
+        self.num_draws, self.sums = None, EpochSums()
 
-    def stretches(self) -> list[tuple[int, int]]:
+    def skipped_ranges(self) -> list[tuple[int, int]]:
         """What is left out of this epoch."""
         return [(begin, end) for epoch, begin, end in self.left_out if epoch == self.epoch]
 
@@ -75,7 +75,7 @@ def _load_schedule(scheduler: Any, state: Mapping[str, Any]) -> None:
 
 
 @dataclass
-class Parts:
+class TrainState:
     """What training changes. The model is not inside DistributedDataParallel."""
 
     model: nn.Module
@@ -94,23 +94,23 @@ class Parts:
         }
 
 
-def to_state(parts: Parts, progress: Progress, settings: Mapping[str, Any]) -> dict[str, Any]:
+def to_state(state: TrainState, progress: TrainingProgress, described: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint: tensors and plain values.
 
     `epoch` is the last whole one, as DeiT has it; `progress` is None between two epochs. No random state is in it, as
     every draw is seeded by its place in the run (`utils.seed_all`).
 
     Args:
-        settings: what does not change in a run: its classes, arguments and fingerprint.
+        described: what does not change in a run: its classes, arguments and fingerprint.
     """
     within = {
         'batch': progress.batch,
         'done': progress.done,
         'num_draws': progress.num_draws,
-        'tally': asdict(progress.tally),
+        'tally': asdict(progress.sums),
     }
     return {
-        **parts.state(),
+        **state.state(),
         'epoch': progress.epoch - 1,
         'progress': within if progress.batch else None,
         'max_accuracy': progress.best,
@@ -118,7 +118,7 @@ def to_state(parts: Parts, progress: Progress, settings: Mapping[str, Any]) -> d
         'history': list(progress.history),
         'timings': list(progress.timings),
         'left_out': list(progress.left_out),
-        **settings,
+        **described,
     }
 
 
@@ -147,7 +147,7 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule: bool = True) -> Progress:
+def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, schedule: bool = True) -> TrainingProgress:
     """Continues from a checkpoint. Everything is checked before anything is changed.
 
     Args:
@@ -172,12 +172,12 @@ def load_state(parts: Parts, state: Mapping[str, Any], source: str, *, schedule:
             ckpt.check_whole(parts.model_ema.module, average or weights, source)
         _check_optimizer(parts.optimizer, state['optimizer'], source)
         within = state.get('progress') or {}
-        progress = Progress(
+        progress = TrainingProgress(
             epoch=int(state['epoch']) + 1,
             batch=int(within.get('batch', 0)),
             done=int(within.get('done', 0)),
             num_draws=within.get('num_draws'),
-            tally=Tally(**within.get('tally', {})),
+            sums=EpochSums(**within.get('tally', {})),
             best=float(state.get('max_accuracy', -1.0)),
             keep_rate=state.get('keep_rate'),
             history=[dict(line) for line in state.get('history', [])],
