@@ -34,7 +34,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-import datasets  # noqa: E402
+from pipeline import transforms  # noqa: E402
 from samplers import Draw  # noqa: E402
 from tests.torture_resume import FLAGS, Case, differences, start, wait  # noqa: E402
 from tools import prepare_domainnet  # noqa: E402
@@ -337,13 +337,13 @@ def missing_data(root: Path, rng: random.Random) -> None:
 
 def _poison(draw_to_poison: Draw) -> None:
     """Makes the image of one draw NaN."""
-    original = datasets.AugmentedImages.__getitem__
+    original = transforms.AugmentedImages.__getitem__
 
     def poisoned(self: Any, draw: Draw) -> Any:
         image, target = original(self, draw)
         return (image * float('nan') if draw == draw_to_poison else image), target
 
-    datasets.AugmentedImages.__getitem__ = poisoned  # type: ignore[method-assign]
+    transforms.AugmentedImages.__getitem__ = poisoned  # type: ignore[method-assign]
 
 
 @fault
@@ -387,7 +387,7 @@ def nan_input(root: Path, rng: random.Random) -> None:
 
 def _hang_in_worker(kind: str) -> None:
     """Makes a loader process sleep, stop or die when it is asked for its third batch."""
-    original = datasets.AugmentedImages.__getitems__
+    original = transforms.AugmentedImages.__getitems__
     calls = [0]
 
     def hanging(self: Any, draws: Any) -> Any:
@@ -398,7 +398,7 @@ def _hang_in_worker(kind: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP if kind == 'stop' else signal.SIGKILL)
         return original(self, draws)
 
-    datasets.AugmentedImages.__getitems__ = hanging  # type: ignore[method-assign]
+    transforms.AugmentedImages.__getitems__ = hanging  # type: ignore[method-assign]
 
 
 @fault
@@ -509,14 +509,14 @@ def other_processes(root: Path, rng: random.Random) -> None:
     seen: list[Draw] = []
 
     def watch(steps: int) -> None:
-        original = datasets.AugmentedImages.__getitem__
+        original = transforms.AugmentedImages.__getitem__
 
         def noted(self: Any, draw: Draw) -> Any:
             with open(root / 'draws.txt', 'a') as file:
                 file.write(f'{json.dumps(draw)}\n')
             return original(self, draw)
 
-        datasets.AugmentedImages.__getitem__ = noted  # type: ignore[method-assign]
+        transforms.AugmentedImages.__getitem__ = noted  # type: ignore[method-assign]
         _stop_after(steps)
 
     for processes, steps in ((1, 6), (2, 4), (1, 0)):

@@ -158,10 +158,10 @@ def test_resumed_epoch_is_bitwise_the_same(flags: list[str], tmp_path: Path, mon
     main([*common, '--output_dir', str(tmp_path / 'whole')])
     original = training.train_one_epoch
 
-    def stop_before_the_third(**kwargs: Any) -> dict[str, float]:
+    def stop_before_the_third(*args: Any, **kwargs: Any) -> dict[str, float]:
         if kwargs['epoch'] == 2:
             raise KeyboardInterrupt
-        return original(**kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(training, 'train_one_epoch', stop_before_the_third)
     with pytest.raises(SystemExit) as caught:

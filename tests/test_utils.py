@@ -114,7 +114,8 @@ def run_progress() -> None:
     progress = ProgressBar(range(7), header='Epoch 2', print_freq=3)
     for _ in progress:
         if progress.due():
-            progress.show({'loss': '0.5'}, images=10)
+            progress.images = 10
+            progress.show({'loss': '0.5'})
 
 
 def test_progress_is_plain_lines_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
