@@ -39,15 +39,7 @@ from training.output import OutputFolder
 from training.run import Run, RunSettings, Test, report_accuracy
 from training.signals import Interrupted, Interrupts
 from training.state import TrainState
-from utils import (
-    InputError,
-    from_main_process,
-    get_rank,
-    is_main_process,
-    log,
-    one_line,
-    share_batchnorm_statistics,
-)
+from utils import InputError, from_main_process, get_rank, is_main_process, log, one_line, share_batchnorm_statistics
 
 
 def start_process(args: argparse.Namespace) -> tuple[Process, torch.device, torch.dtype | None]:

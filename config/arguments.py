@@ -11,26 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from config.flags import (
-    AMOUNT,
-    COUNT,
-    FROM_ONE,
-    PART,
-    POSITIVE,
-    PROBABILITY,
-    SEED,
-    FlagParser,
-    add_data_flags,
-)
-from config.models import (
-    keeps_tokens_by_rate,
-)
+from config.flags import AMOUNT, COUNT, FROM_ONE, PART, POSITIVE, PROBABILITY, SEED, FlagParser, add_data_flags
+from config.models import keeps_tokens_by_rate
 from training import checkpoint as ckpt
 from training.output import holds_run
-from utils import (
-    InputError,
-    UsageError,
-)
+from utils import InputError, UsageError
 
 # With --eval, flags that are not given are taken from the run that wrote the checkpoint.
 RECALLED_FLAGS = (
@@ -269,49 +254,50 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             stored = {name: value for name, value in stored.items() if name not in EVIT_FLAGS}
         args = parser.parse_args([*stored_flags(stored), *typed])
 
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UsageError for the first of the flags that exclude each other, or lack one that they need."""
     trains = not args.eval and not args.only_test_speed
-    if mixes_images(args) and args.batch_size % 2 and trains:
-        raise UsageError(f'--batch-size {args.batch_size} is odd: mixup and cutmix need an even one, or both at 0')
-    if args.cutmix_minmax and not int(args.input_size * args.cutmix_minmax[0]) < int(
-        args.input_size * args.cutmix_minmax[1]
-    ):
-        raise UsageError('--cutmix-minmax needs two ratios, the smaller one first, at least a pixel apart')
-    given = [f'--{name.replace("_", "-")}' for name in TEACHER_FLAGS if getattr(args, name) not in (None, '')]
-    if args.distillation_type == 'none' and given:
-        raise UsageError(f'{given[0]} needs --distillation-type soft or hard')
-    if args.distillation_type == 'hard' and args.distillation_tau is not None:
-        raise UsageError('--distillation-tau is for --distillation-type soft')
-    if args.distillation_type != 'none' and args.train_mode is not True and (args.finetune or args.train_mode is False):
-        raise UsageError('distillation needs the model in training mode: add --train-mode')
-    if args.lr_noise and len(args.lr_noise) > 2:
-        raise UsageError('--lr-noise takes one part of the training, or two')
-    if args.eval and not (args.resume or args.finetune):
-        raise UsageError('--eval needs the weights: --resume FILE or --finetune FILE')
-    if args.resplit and (args.reprob == 0 or args.no_aug):
-        raise UsageError('--resplit needs random erasing: --reprob above 0, and no --no-aug')
-    if args.augment_exact and (args.augment == 'pil' or args.no_aug):
-        raise UsageError('--augment-exact is for batched augmentation: no --augment pil, and no --no-aug')
-    if args.compile != 'off' and keeps_tokens_by_rate(args.model):
-        raise UsageError(f'--compile {args.compile}: EViT has another number of tokens from step to step; leave it off')
-    if args.compile in ('reduce-overhead', 'max-autotune') and args.accum_steps > 1:
-        raise UsageError(f"--compile {args.compile} reuses gradients' memory at each batch: no --accum-steps above 1, "
-                         'or --compile default')  # fmt: skip
-    if args.eval and args.only_test_speed:
-        raise UsageError('--eval and --only_test_speed exclude each other')
-    if args.start_epoch >= args.epochs:
-        raise UsageError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
-    for flag, asked in (
-        ('--auto-resume', args.auto_resume),
-        ('--checkpoint-every', args.checkpoint_every is not None),
-        ('--on-nan rewind', args.on_nan == 'rewind'),
-    ):
-        if trains and asked and not args.output_dir:
-            raise UsageError(f'{flag} needs a folder for checkpoints: --output_dir')
-    if args.force_resume and not (args.resume or args.auto_resume):
-        raise UsageError('--force-resume needs --resume FILE or --auto-resume')
+    shortest, longest = (int(args.input_size * ratio) for ratio in args.cutmix_minmax or (0, 1))
+    of_teacher = [f'--{name.replace("_", "-")}' for name in TEACHER_FLAGS if getattr(args, name) not in (None, '')]
+    distils = args.distillation_type != 'none'
+    for wrong, message in (
+        (mixes_images(args) and args.batch_size % 2 and trains,
+         f'--batch-size {args.batch_size} is odd: mixup and cutmix need an even one, or both at 0'),
+        (shortest >= longest, '--cutmix-minmax needs two ratios, the smaller one first, at least a pixel apart'),
+        (of_teacher and not distils, f'{"".join(of_teacher[:1])} needs --distillation-type soft or hard'),
+        (args.distillation_type == 'hard' and args.distillation_tau is not None,
+         '--distillation-tau is for --distillation-type soft'),
+        (distils and args.train_mode is not True and (args.finetune or args.train_mode is False),
+         'distillation needs the model in training mode: add --train-mode'),
+        (args.lr_noise and len(args.lr_noise) > 2, '--lr-noise takes one part of the training, or two'),
+        (args.eval and not (args.resume or args.finetune),
+         '--eval needs the weights: --resume FILE or --finetune FILE'),
+        (args.resplit and (args.reprob == 0 or args.no_aug),
+         '--resplit needs random erasing: --reprob above 0, and no --no-aug'),
+        (args.augment_exact and (args.augment == 'pil' or args.no_aug),
+         '--augment-exact is for batched augmentation: no --augment pil, and no --no-aug'),
+        (args.compile != 'off' and keeps_tokens_by_rate(args.model),
+         f'--compile {args.compile}: EViT has another number of tokens from step to step; leave it off'),
+        (args.compile in ('reduce-overhead', 'max-autotune') and args.accum_steps > 1,
+         f"--compile {args.compile} reuses gradients' memory at each batch: no --accum-steps above 1, "
+         'or --compile default'),
+        (args.eval and args.only_test_speed, '--eval and --only_test_speed exclude each other'),
+        (args.start_epoch >= args.epochs,
+         f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}'),
+        *((trains and asked and not args.output_dir, f'{flag} needs a folder for checkpoints: --output_dir')
+          for flag, asked in (('--auto-resume', args.auto_resume), ('--on-nan rewind', args.on_nan == 'rewind'),
+                              ('--checkpoint-every', args.checkpoint_every is not None))),
+        (args.force_resume and not (args.resume or args.auto_resume),
+         '--force-resume needs --resume FILE or --auto-resume'),
+    ):  # fmt: skip
+        if wrong:
+            raise UsageError(message)
     if trains and args.output_dir and not args.auto_resume:
         output = Path(args.output_dir)
         goes_on = bool(args.resume) and Path(args.resume).resolve().parent == output.resolve()
         if holds_run(output) and not goes_on:
             raise UsageError(f'{output} holds a run already: go on with --auto-resume, or choose another --output_dir')
-    return args

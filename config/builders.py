@@ -25,10 +25,7 @@ from datasets import Splits
 from losses import DistillationLoss, Teacher, create_criterion
 from models import evit
 from training.distributed import Process, in_turn
-from utils import (
-    UsageError,
-    one_line,
-)
+from utils import UsageError, one_line
 
 
 def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:

@@ -9,19 +9,14 @@ from contextlib import nullcontext
 import torch
 
 from config.arguments import mixes_images
-from config.flags import (
-    usable_workers,
-)
+from config.flags import usable_workers
 from datasets import DATA_SETS, Splits, build_datasets
 from pipeline.augment import BatchedMixup
 from pipeline.loaders import TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
 from training.distributed import Process, in_turn
-from utils import (
-    InputError,
-    SizedLoader,
-)
+from utils import InputError, SizedLoader
 
 
 def find_augmentation(args: argparse.Namespace) -> Augmentation:

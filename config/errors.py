@@ -15,12 +15,7 @@ import torch
 import torch.distributed as dist
 
 from training.distributed import find_failed_process
-from utils import (
-    InputError,
-    UsageError,
-    get_rank,
-    one_line,
-)
+from utils import InputError, UsageError, get_rank, one_line
 
 
 def leave(program: str, message: str, code: int, *, label: str = 'error') -> NoReturn:
