@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Generic, Protocol, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -118,18 +120,72 @@ def share_batchnorm_statistics(model: nn.Module) -> None:
 # Console
 
 
-def log(message: str) -> None:
-    """Prints a line on the main process, above a progress bar if there is one.
+class LostStream:
+    """Standard output or error that may go away (`| head`, a closed terminal, a full disk) without an error.
 
-    Where standard output is a file on a full disk, the line waits until there is room: a run need not end for it.
+    Where its reader is gone, what is written is dropped from then on, after a warning on the other stream. On a full
+    disk the text waits until there is room.
+
+    Args:
+        stream: what it stands for; None where the process was started without it.
+        name: for the warning.
+        warn: called with the warning.
     """
-    if is_main_process():
+
+    def __init__(self, stream: TextIO | None, name: str, warn: Callable[[str], object]) -> None:
+        self._stream = open(os.devnull, 'w') if stream is None else stream  # noqa: SIM115  stays open
+        self._name = name
+        self._warn = warn
+        self._lost = False
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors='backslashreplace')  # names of files may be anything
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
         try:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
-        except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            call()
+        except (OSError, ValueError) as err:  # ValueError: the stream is closed
+            if self._lost or (isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT)):
+                return
+            self._lost = True
+            with suppress(OSError, ValueError):  # what the buffer still holds goes nowhere, without an error at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._warn(f'Warning: {self._name} is gone ({one_line(err)}); the program goes on\n')
+
+
+@contextmanager
+def safe_console() -> Iterator[None]:
+    """Lets its body outlive the standard streams: a program's work does not depend on who reads what it prints."""
+    streams = sys.stdout, sys.stderr
+    for descriptor in (0, 1, 2):  # else the next file that is opened would be taken for a closed one of these
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = LostStream(streams[0], 'standard output', lambda text: sys.stderr.write(text))
+    sys.stderr = LostStream(streams[1], 'standard error', lambda text: sys.stdout.write(text))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def log(message: str) -> None:
+    """Prints a line on the main process, above a progress bar if there is one."""
+    if is_main_process():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class SizedLoader(Protocol):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from training.distributed import find_failed_process
-from utils import InputError, UsageError, get_rank, one_line
+from utils import InputError, UsageError, get_rank, one_line, safe_console
 
 
 def leave(program: str, message: str, code: int, *, label: str = 'error') -> NoReturn:
@@ -32,20 +30,17 @@ def one_line_errors(program: str) -> Iterator[None]:
     Raises:
         SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, 130 after Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')  # names of files may be anything
-    try:
-        yield
-    except InputError as err:
-        leave(program, one_line(err), err.exit_code, label=err.label)
-    except BrokenPipeError:  # of `program | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as err:
-        leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
-    except KeyboardInterrupt:
-        leave(program, 'interrupted', 130)
+    with safe_console():
+        try:
+            yield
+        except InputError as err:
+            leave(program, one_line(err), err.exit_code, label=err.label)
+        except OSError as err:
+            leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
+        except MemoryError:
+            leave(program, 'out of memory: smaller batches, or fewer --num_workers, need less', 1)
+        except KeyboardInterrupt:
+            leave(program, 'interrupted', 130)
 
 
 def explain(err: Exception, args: argparse.Namespace) -> InputError | None:

@@ -457,7 +457,8 @@ class Child:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        caught = [*SIGNALS, *[signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)]  # it is with nohup
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # it is with nohup
+        caught = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
         before = {number: signal.signal(number, self._handle) for number in caught}
         try:
             yield

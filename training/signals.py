@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,15 +32,20 @@ class Interrupted(InputError):
 
 
 class Interrupts:
-    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a request; a second one ends the process at once."""
+    """Turns the first of SIGNALS into a request to stop; another of its kind ends the process at once.
+
+    A second one within a second is the same one: a terminal and torchrun both pass it on.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self._since = 0.0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if self.signal == number and time.monotonic() - self._since > 1:
             os._exit(128 + number)
-        self.signal = number
+        if not self.signal:
+            self.signal, self._since = number, time.monotonic()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -47,7 +53,8 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        wanted = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in wanted}  # nohup's SIGHUP stays ignored
         try:
             yield
         finally:
