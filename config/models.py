@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from losses import Teacher
-from models import evit  # and all models are registered with timm
+from models import ablations, evit  # and all models are registered with timm
 from models.dhvt import PointwiseConv
 from training import checkpoint as ckpt
 from utils import InputError, UsageError, one_line
@@ -32,11 +32,11 @@ def new_model(flag: str, name: str, img_size: int, kwargs: dict[str, Any]) -> nn
         raise UsageError(f"{flag} {name}: timm's registry has no such model; this project adds {near}")
     try:
         try:
-            return timm.create_model(name, **{'img_size': img_size, **kwargs})
+            return ablations.create_model(name, **{'img_size': img_size, **kwargs})
         except TypeError as err:
             if 'img_size' not in str(err):
                 raise
-            return timm.create_model(name, **kwargs)  # convolutional networks are not told the size
+            return ablations.create_model(name, **kwargs)  # convolutional networks are not told the size
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as err:
         hint = '; --drop-path 0 leaves it out' if 'drop_path_rate' in str(err) else ''
         raise UsageError(f'{flag} {name} refuses its arguments: {one_line(err)}{hint}') from None

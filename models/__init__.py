@@ -1,5 +1,5 @@
 """Importing this package registers the project's models with timm."""
 
-from . import deit, dhvt, evit
+from . import deit, dhvt, distilled, evit
 
-__all__ = ['deit', 'dhvt', 'evit']
+__all__ = ['deit', 'dhvt', 'distilled', 'evit']

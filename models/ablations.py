@@ -1,8 +1,7 @@
 """What the paper's ablations put in the place of DHVT's modules: ViT's own ones, and steps from those to DAFF.
 
-Beside dhvt.py, not in it, so that dhvt.py is the paper's model in the paper's order and can be copied alone. That file
-imports this one when a model is built with one of the options of `choose_layers`, as `--model-kwargs` of main.py or
-arguments of `timm.create_model`. With 'patch', 'plain', 'mlp' and a position embedding the model is DeiT: equal keys,
+`create_model` builds a variant of dhvt.py with the options of `choose_layers` and with `pos_embed`; main.py does so
+for `--model-kwargs`. With 'patch', 'plain', 'mlp' and a position embedding the model is DeiT: equal keys,
 equal outputs. tools/ablate.py says which options make which row of the paper's tables.
 
 Shapes as in dhvt.py.
@@ -14,21 +13,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import timm
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import LayerNorm2d, Mlp, to_2tuple, use_fused_attn
+from timm.layers import LayerNorm2d, Mlp, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from .dhvt import DynamicAggregationFeedForward, Grid, HeadInteractedAttention, SequentialOverlapPatchEmbed
+from .dhvt import DHVT, DynamicAggregationFeedForward, Grid, HeadInteractedAttention, SequentialOverlapPatchEmbed
+from .distilled import DistilledDHVT
 
-__all__ = ['FeedForward', 'PatchEmbed', 'PlainAttention', 'SplitFeedForward', 'choose_layers']
+__all__ = ['FeedForward', 'PatchEmbed', 'PlainAttention', 'SplitFeedForward', 'choose_layers', 'create_model']
 
 # By position and channel-wise, as ConvNeXt's; eps 1e-6 as the model's other LayerNorms.
 NORMS: dict[str, Callable[[int], nn.Module]] = {'batch': nn.BatchNorm2d, 'layer': partial(LayerNorm2d, eps=1e-6)}
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(SequentialOverlapPatchEmbed):
     """ViT's stem: one convolution of kernel and stride P. An image (B, C, H, W) to (B, N, D) and their grid.
 
     Raises:
@@ -38,65 +38,64 @@ class PatchEmbed(nn.Module):
     def __init__(
         self, *, img_size: int | tuple[int, int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 192
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if patch_size < 1:
             raise ValueError(f'patch_size must be at least 1, not {patch_size}')
         self.patch_size = patch_size
         self.set_input_size(img_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Declares the image size, in pixels. No parameter depends on it."""
-        self.img_size = to_2tuple(img_size)
-        self.grid_size = self._grid(*self.img_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-
-    def _grid(self, height: int, width: int) -> Grid:
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f'image size {height}x{width} is not divisible by patch size {self.patch_size}')
-        return height // self.patch_size, width // self.patch_size
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        grid = self._grid(x.shape[-2], x.shape[-1])
-        return rearrange(self.proj(x), 'b d h w -> b (h w) d'), grid  # (B, N, D)
+        self.proj = nn.Conv2d(  # type: ignore[assignment]
+            in_chans, embed_dim, kernel_size=patch_size, stride=patch_size
+        )
+        self.pre_affine = self.post_affine = nn.Identity()  # type: ignore[assignment]
 
 
-class PlainAttention(nn.Module):
-    """ViT's self-attention, without head tokens. Maps (B, 1+N, D) to the same shape; `proj_drop` acts on the result.
+class NoAffineEmbed(SequentialOverlapPatchEmbed):
+    """SOPE without its two affines."""
 
-    Raises:
-        ValueError: if the number of heads does not divide the width.
-    """
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pre_affine = self.post_affine = nn.Identity()  # type: ignore[assignment]
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        num_heads: int = 3,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        num_prefix_tokens: int = 1,
-    ) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f'embedding width {dim} is not divisible by {num_heads} heads')
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.fused_attn = use_fused_attn()
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+
+class PlainAttention(HeadInteractedAttention):
+    """ViT's self-attention, without head tokens. Maps (B, 1+N, D) to the same shape; `proj_drop` acts on the result."""
+
+    def make_head_tokens(self, dim: int) -> None:
+        """There are none."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), 'b t (qkv h d) -> qkv b h t d', qkv=3, h=self.num_heads)
-        # As in HeadInteractedAttention, so that the comparison is one of the models.
-        if self.fused_attn and not (x.device.type == 'cpu' and torch.is_grad_enabled()):
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        else:
-            x = self.attn_drop(((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)) @ v  # (B, h, T, d)
-        return self.proj_drop(self.proj(rearrange(x, 'b h t d -> b t (h d)')))
+        return self.proj_drop(self.attend(x))
+
+
+class _Aggregation(nn.Module):
+    """DAFF's channel weights on nothing (`aggregation` 'none'), the class token ('class'), or every token ('all')."""
+
+    aggregation: str
+    act: nn.GELU
+
+    def make_aggregation(self, dim: int) -> None:
+        if self.aggregation != 'none':
+            self.compress = nn.Linear(dim, dim // 4)
+            self.excitation = nn.Linear(dim // 4, dim)
+
+    def aggregate(self, prefix: Tensor, patches: Tensor) -> Tensor:
+        if self.aggregation != 'none':
+            weight = self.excitation(self.act(self.compress(patches.mean(dim=1, keepdim=True))))  # (B, 1, D)
+            prefix = prefix * weight
+            patches = patches * weight if self.aggregation == 'all' else patches
+        return torch.cat([prefix, patches], dim=1)
+
+
+class OtherDAFF(_Aggregation, DynamicAggregationFeedForward):
+    """DAFF with another aggregation, or without the shortcut around its depthwise convolution."""
+
+    def __init__(self, *, aggregation: str = 'class', shortcut: bool = True, **kwargs: Any) -> None:
+        self.aggregation = aggregation
+        super().__init__(**kwargs)
+        self.shortcut = shortcut
+
+    def depthwise(self, x: Tensor) -> Tensor:
+        return super().depthwise(x) if self.shortcut else self.act(self.bn2(self.conv2(x)))
 
 
 class FeedForward(Mlp):
@@ -109,7 +108,7 @@ class FeedForward(Mlp):
         return super().forward(x)
 
 
-class SplitFeedForward(nn.Module):
+class SplitFeedForward(_Aggregation):
     """ViT's feed-forward on the patch tokens alone; the class token passes by, as it does in DAFF. Table 8.
 
     Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape. What passes by is the input, which the block has
@@ -140,9 +139,7 @@ class SplitFeedForward(nn.Module):
         self.pool = nn.AvgPool2d(3, stride=1, padding=1) if pool else None
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.act = nn.GELU()
-        if aggregation != 'none':
-            self.compress = nn.Linear(dim, dim // 4)
-            self.excitation = nn.Linear(dim // 4, dim)
+        self.make_aggregation(dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
@@ -151,12 +148,7 @@ class SplitFeedForward(nn.Module):
             means = self.pool(rearrange(x, 'b (h w) d -> b d h w', h=grid[0]))
             means = rearrange(means, 'b d h w -> b (h w) d')
             x = x + means if self.shortcut else means
-        patches = self.fc2(x)  # (B, N, D)
-        if self.aggregation != 'none':
-            weight = self.excitation(self.act(self.compress(patches.mean(dim=1, keepdim=True))))  # (B, 1, D)
-            prefix = prefix * weight
-            patches = patches * weight if self.aggregation == 'all' else patches
-        return torch.cat([prefix, patches], dim=1)
+        return self.aggregate(prefix, self.fc2(x))
 
 
 def _check(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -210,12 +202,12 @@ def choose_layers(
     embed_layer: Callable[..., nn.Module] = PatchEmbed
     if stem != 'patch':
         norm = NORMS[stem_norm or 'batch']
-        embed_layer = partial(SequentialOverlapPatchEmbed, norm_layer=norm, affine=stem == 'sope')
+        embed_layer = partial(NoAffineEmbed if stem == 'no-affine' else SequentialOverlapPatchEmbed, norm_layer=norm)
     attn_layer: Callable[..., nn.Module] = HeadInteractedAttention if attention == 'head' else PlainAttention
     mlp_layer: Callable[..., nn.Module] = FeedForward
     if feed_forward == 'daff':
         mlp_layer = partial(
-            DynamicAggregationFeedForward,
+            OtherDAFF,
             norm_layer=NORMS[feed_forward_norm or 'batch'],
             aggregation=aggregation or 'class',
             shortcut=shortcut is not False,
@@ -228,3 +220,68 @@ def choose_layers(
             shortcut=shortcut is not False,
         )
     return embed_layer, attn_layer, mlp_layer
+
+
+class _Ablated(DHVT):
+    """DHVT with the modules of `choose_layers`, and with DeiT's position embedding if that is asked for.
+
+    Args:
+        pos_embed: 'none', or 'learn': one for each token, which ties the model to `img_size`.
+
+    Raises:
+        ValueError: for options that make no model.
+    """
+
+    def __init__(self, *, pos_embed: str | None = None, options: dict[str, Any], **kwargs: Any) -> None:
+        _check('pos_embed', pos_embed, ('none', 'learn'))
+        embed_layer, attn_layer, mlp_layer = choose_layers(**options)
+        super().__init__(**{'embed_layer': embed_layer, 'attn_layer': attn_layer, 'mlp_layer': mlp_layer, **kwargs})
+        self.has_positions = pos_embed == 'learn'
+        if self.has_positions:
+            num_patches: int = self.patch_embed.num_patches  # type: ignore[assignment]
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + num_patches, self.embed_dim))
+            trunc_normal_(self.pos_embed, std=0.02)
+
+    def _refuse_grid(self, height: int, width: int) -> None:
+        """Raises ValueError for a grid that the position embedding is not for."""
+        own: Grid = self.patch_embed.grid_size  # type: ignore[assignment]
+        if self.has_positions and (height, width) != own:
+            raise ValueError(
+                f'the position embedding is for {own[0]}x{own[1]} patches, not {height}x{width}: keep the image size, '
+                'or leave out pos_embed'
+            )
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        side: int = self.patch_embed.patch_size  # type: ignore[assignment]
+        self._refuse_grid(*(length // side for length in to_2tuple(img_size)))
+        super().set_input_size(img_size)
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+        tokens, grid = super()._tokens(x)
+        self._refuse_grid(*grid)
+        return tokens + self.pos_embed if self.has_positions else tokens, grid
+
+
+class AblatedDHVT(_Ablated):
+    """An ablation of DHVT."""
+
+
+class AblatedDistilledDHVT(_Ablated, DistilledDHVT):
+    """An ablation of the distilled model."""
+
+
+OPTIONS = ('stem', 'stem_norm', 'attention', 'feed_forward', 'aggregation', 'shortcut', 'feed_forward_norm')
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """timm's `create_model`, whose arguments for a DHVT may also be those of `choose_layers` and `pos_embed`.
+
+    None leaves the paper's module.
+    """
+    asked = {key: kwargs[key] for key in (*OPTIONS, 'pos_embed') if kwargs.get(key) is not None}
+    if not name.startswith('dhvt_') or not asked:
+        return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
+    kwargs = {key: value for key, value in kwargs.items() if key not in (*OPTIONS, 'pos_embed')}
+    model_cls = AblatedDistilledDHVT if name.endswith('_distilled') else AblatedDHVT
+    pos_embed = asked.pop('pos_embed', None)
+    return timm.create_model(name, model_cls=model_cls, pos_embed=pos_embed, options=asked, **kwargs)

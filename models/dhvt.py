@@ -5,8 +5,8 @@ Datasets", NeurIPS 2022, https://arxiv.org/abs/2210.05958. Where the paper and i
 followed, because its numbers were made with it; such a place is marked "published code". Checkpoints of the published
 code load with `strict=True`.
 
-The file needs torch, timm and einops only, so it can be copied into another project as it is. What the paper's
-ablations put in the place of its modules is in ablations.py, which is imported when a model asks for it.
+The file needs torch, timm and einops only, so it can be copied into another project as it is. distilled.py adds a
+distillation token, ablations.py has what the paper's ablations put in the place of its modules.
 
 Shapes: B batch, C image channels, H and W the image's height and width, P patch size, N = (H/P)(W/P) patch tokens,
 D embedding width, h heads, d = D/h, T = 1+N+h tokens in attention.
@@ -14,8 +14,8 @@ D embedding width, h heads, d = D/h, T = 1+N+h tokens in attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['DHVT', 'DistilledDHVT']
+__all__ = ['DHVT']
 
 Grid = tuple[int, int]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -55,9 +55,6 @@ class SequentialOverlapPatchEmbed(nn.Module):
     Each convolution has half as many output channels as the next one; the last has D. Maps an image (B, C, H, W) to
     its patch tokens (B, N, D) in row-major order, and also returns their grid (H/P, W/P).
 
-    Args:
-        affine: with the two affines, or without.
-
     Raises:
         ValueError: if the patch size is not a power of two from 2 up, if it does not divide the image's height and
             width (`img_size` here, the image itself in `forward`), or if the width cannot be halved often enough.
@@ -71,8 +68,6 @@ class SequentialOverlapPatchEmbed(nn.Module):
         in_chans: int = 3,
         embed_dim: int = 192,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
-        affine: bool = True,
     ) -> None:
         super().__init__()
         if patch_size < 2 or patch_size & (patch_size - 1):
@@ -87,12 +82,12 @@ class SequentialOverlapPatchEmbed(nn.Module):
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             conv = nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1, bias=False)
-            layers += [nn.Sequential(conv, norm_layer(width_out)), act_layer()]
+            layers += [nn.Sequential(conv, norm_layer(width_out)), nn.GELU()]
         if num_convs > 1:  # published code: no GELU after the last convolution, unless it is the only one
             layers.pop()
-        self.pre_affine = Affine(dim=in_chans) if affine else nn.Identity()
+        self.pre_affine = Affine(dim=in_chans)
         self.proj = nn.Sequential(*layers)
-        self.post_affine = Affine(dim=embed_dim) if affine else nn.Identity()
+        self.post_affine = Affine(dim=embed_dim)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Declares the image size, in pixels. No parameter depends on it."""
@@ -146,10 +141,13 @@ class HeadInteractedAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.make_head_tokens(dim)
+
+    def make_head_tokens(self, dim: int) -> None:
         self.ht_proj = nn.Linear(self.head_dim, dim)
         self.ht_norm = nn.LayerNorm(self.head_dim)  # published code: eps 1e-5, unlike the other norms
         self.act = nn.GELU()
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_heads, dim))  # the head embedding; decayed, see DHVT
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_heads, dim))  # the head embedding; decayed, see DHVT
         trunc_normal_(self.pos_embed, std=0.02)
 
     def head_tokens(self, x: Tensor) -> Tensor:
@@ -158,9 +156,8 @@ class HeadInteractedAttention(nn.Module):
         heads = rearrange(self.ht_proj(heads), 'b h (g d) -> b h g d', g=self.num_heads)  # (B, h, h, d)
         return rearrange(self.act(self.ht_norm(heads)), 'b h g d -> b h (g d)') + self.pos_embed  # (B, h, D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        num_tokens = x.shape[1]
-        x = torch.cat([x, self.head_tokens(x)], dim=1)  # (B, 1+N+h, D)
+    def attend(self, x: Tensor) -> Tensor:
+        """Self-attention of any tokens, (B, T, D) -> (B, T, D)."""
         q, k, v = rearrange(self.qkv(x), 'b t (qkv h d) -> qkv b h t d', qkv=3, h=self.num_heads)
         # On CPUs the fused kernel's backward is several times slower than the plain products.
         if self.fused_attn and not (x.device.type == 'cpu' and torch.is_grad_enabled()):
@@ -168,10 +165,12 @@ class HeadInteractedAttention(nn.Module):
         else:
             attn = (q @ k.transpose(-2, -1)) * self.scale  # (B, h, T, T)
             x = self.attn_drop(attn.softmax(dim=-1)) @ v  # (B, h, T, d)
-        x = self.proj(rearrange(x, 'b h t d -> b t (h d)'))  # (B, 1+N+h, D)
-        prefix, patches, heads = x.split(
-            [self.num_prefix_tokens, num_tokens - self.num_prefix_tokens, self.num_heads], dim=1
-        )
+        return self.proj(rearrange(x, 'b h t d -> b t (h d)'))
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_patches = x.shape[1] - self.num_prefix_tokens
+        x = self.attend(torch.cat([x, self.head_tokens(x)], dim=1))  # (B, 1+N+h, D)
+        prefix, patches, heads = x.split([self.num_prefix_tokens, num_patches, self.num_heads], dim=1)
         return self.proj_drop(torch.cat([prefix + heads.mean(dim=1, keepdim=True), patches], dim=1))
 
 
@@ -199,11 +198,6 @@ class DynamicAggregationFeedForward(nn.Module):
     The class token passes by the convolutions and is multiplied by channel weights made from the mean of the patch
     tokens that leave them. Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape. Any distillation token
     after the class token is treated as that is.
-
-    Args:
-        aggregation: what the channel weights multiply: 'class' the class token, 'all' the patch tokens too, 'none'
-            nothing, so that there are none.
-        shortcut: with the shortcut around the depthwise convolution, or without.
     """
 
     def __init__(
@@ -212,15 +206,10 @@ class DynamicAggregationFeedForward(nn.Module):
         dim: int,
         hidden_dim: int,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
         num_prefix_tokens: int = 1,
-        aggregation: str = 'class',
-        shortcut: bool = True,
     ) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
-        self.aggregation = aggregation
-        self.shortcut = shortcut
         # Published code: all three convolutions have a bias, though a norm follows each.
         self.conv1 = PointwiseConv(dim, hidden_dim)
         self.bn1 = norm_layer(hidden_dim)
@@ -228,27 +217,29 @@ class DynamicAggregationFeedForward(nn.Module):
         self.bn2 = norm_layer(hidden_dim)
         self.conv3 = PointwiseConv(hidden_dim, dim)
         self.bn3 = norm_layer(dim)
-        self.act = act_layer()
-        if aggregation != 'none':
-            self.compress = nn.Linear(dim, dim // 4)
-            self.excitation = nn.Linear(dim // 4, dim)
+        self.act = nn.GELU()
+        self.make_aggregation(dim)
+
+    def make_aggregation(self, dim: int) -> None:
+        self.compress = nn.Linear(dim, dim // 4)
+        self.excitation = nn.Linear(dim // 4, dim)
 
     def aggregate(self, prefix: Tensor, patches: Tensor) -> Tensor:
         """Class token (B, 1, D) and the patch tokens (B, N, D) that leave the convolutions -> (B, 1+N, D)."""
-        if self.aggregation == 'none':
-            return torch.cat([prefix, patches], dim=1)
         weight = self.excitation(self.act(self.compress(patches.mean(dim=1, keepdim=True))))  # (B, 1, D); no sigmoid
-        return torch.cat([prefix * weight, patches * weight if self.aggregation == 'all' else patches], dim=1)
+        return torch.cat([prefix * weight, patches], dim=1)
+
+    def depthwise(self, x: Tensor) -> Tensor:
+        """The 3x3 convolution of each channel, with its shortcut, (B, hidden, H/P, W/P) to the same shape."""
+        return x + self.act(self.bn2(self.conv2(x)))
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        # Maps are tokens seen otherwise, channels last in memory, so that no rearrangement moves anything.
+        # Maps are tokens seen otherwise, channels last in memory: no rearrangement moves anything.
         to_map = partial(rearrange, pattern='b (h w) d -> b d h w', h=grid[0])
         to_tokens = partial(rearrange, pattern='b d h w -> b (h w) d')
         x = self.act(self.bn1(to_map(self.conv1(patches))))  # (B, hidden, H/P, W/P)
-        local = self.act(self.bn2(self.conv2(x)))
-        x = x + local if self.shortcut else local
-        x = self.bn3(to_map(self.conv3(to_tokens(x))))  # (B, D, H/P, W/P)
+        x = self.bn3(to_map(self.conv3(to_tokens(self.depthwise(x)))))  # (B, D, H/P, W/P)
         return self.aggregate(prefix, to_tokens(x))
 
 
@@ -259,23 +250,18 @@ class DHVTBlock(nn.Module):
         self,
         *,
         dim: int,
-        num_heads: int,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
         drop_path: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = LayerNorm,
         attn_layer: Callable[..., nn.Module] = HeadInteractedAttention,
         mlp_layer: Callable[..., nn.Module] = DynamicAggregationFeedForward,
         num_prefix_tokens: int = 1,
+        **attention: Any,
     ) -> None:
         super().__init__()
         prefix = {'num_prefix_tokens': num_prefix_tokens} if num_prefix_tokens > 1 else {}
         self.norm1 = norm_layer(dim)
-        self.attn = attn_layer(
-            dim=dim, num_heads=num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **prefix
-        )
+        self.attn = attn_layer(dim=dim, **attention, **prefix)
         self.norm2 = norm_layer(dim)
         self.mlp = mlp_layer(dim=dim, hidden_dim=int(dim * mlp_ratio), **prefix)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
@@ -285,20 +271,17 @@ class DHVTBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), grid))
 
 
-class _KeepStatistics:
-    """While entered, the BatchNorms of a module update copies of their running statistics, which are then dropped."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        self.kept: list[dict[str, Tensor | None]] = []
-
-    def __enter__(self) -> None:
-        self.kept = [dict(norm._buffers) for norm in self.norms]
-        for norm, buffers in zip(self.norms, self.kept, strict=True):
-            norm._buffers.update({name: None if old is None else old.clone() for name, old in buffers.items()})
-
-    def __exit__(self, *_: object) -> None:
-        for norm, buffers in zip(self.norms, self.kept, strict=True):
+@contextmanager
+def _keep_statistics(module: nn.Module) -> Iterator[None]:
+    """The BatchNorms of a module update copies of their running statistics, which are then dropped."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        norm._buffers.update({name: None if old is None else old.clone() for name, old in buffers.items()})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
             norm._buffers.update(buffers)
 
 
@@ -307,9 +290,6 @@ class DHVT(nn.Module):
 
     `forward` maps images (B, C, H, W) to logits (B, num_classes), for any H and W that the patch size divides,
     whatever `img_size` was.
-
-    The last eight arguments are for ablations: None leaves the paper's model, other values are described and checked
-    in `ablations.choose_layers`. What they choose takes the place of `embed_layer`, `attn_layer` and `mlp_layer`.
 
     Args:
         img_size: the expected image size in pixels, one number or (height, width); only checked and remembered.
@@ -323,15 +303,10 @@ class DHVT(nn.Module):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         norm_layer: called with a width; LayerNorm with eps 1e-6 by default.
         embed_layer, attn_layer, mlp_layer: the classes of the stem, the attention and the feed-forward.
-        stem, stem_norm: 'sope', 'no-affine' or 'patch'; 'batch' or 'layer'.
-        attention: 'head' or 'plain'.
-        feed_forward, aggregation, shortcut, feed_forward_norm: 'daff', 'mlp', 'split' or 'pool'; 'class', 'all' or
-            'none'; True or False; 'batch' or 'layer'.
-        pos_embed: 'none', or 'learn' for DeiT's: one for each token, which ties the model to `img_size`.
 
     Raises:
         ValueError: for an image size that the patch size does not divide, a width that the heads do not divide, a
-            patch size that is no power of two, no blocks, an unknown `global_pool`, or options that make no model.
+            patch size that is no power of two, no blocks, or an unknown `global_pool`.
     """
 
     num_prefix_tokens = 1
@@ -356,33 +331,9 @@ class DHVT(nn.Module):
         embed_layer: Callable[..., nn.Module] = SequentialOverlapPatchEmbed,
         attn_layer: Callable[..., nn.Module] = HeadInteractedAttention,
         mlp_layer: Callable[..., nn.Module] = DynamicAggregationFeedForward,
-        stem: str | None = None,
-        stem_norm: str | None = None,
-        attention: str | None = None,
-        feed_forward: str | None = None,
-        aggregation: str | None = None,
-        shortcut: bool | None = None,
-        feed_forward_norm: str | None = None,
-        pos_embed: str | None = None,
     ) -> None:
         super().__init__()
         self._check_pool(global_pool)
-        options = {
-            'stem': stem,
-            'stem_norm': stem_norm,
-            'attention': attention,
-            'feed_forward': feed_forward,
-            'aggregation': aggregation,
-            'shortcut': shortcut,
-            'feed_forward_norm': feed_forward_norm,
-        }
-        asked = {name: value for name, value in options.items() if value is not None}
-        if asked:
-            from .ablations import choose_layers
-
-            embed_layer, attn_layer, mlp_layer = choose_layers(**asked)  # type: ignore[arg-type]
-        if pos_embed not in (None, 'none', 'learn'):
-            raise ValueError(f"pos_embed must be 'none' or 'learn', not {pos_embed!r}")
         if depth < 1:
             raise ValueError(f'depth must be at least 1, not {depth}')
         self.num_classes = num_classes
@@ -393,22 +344,11 @@ class DHVT(nn.Module):
 
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.blocks = nn.ModuleList(
-            DHVTBlock(
-                dim=embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_drop=drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
-                norm_layer=norm_layer,
-                attn_layer=attn_layer,
-                mlp_layer=mlp_layer,
-                num_prefix_tokens=self.num_prefix_tokens,
-            )
-            for i in range(depth)
-        )
+        layers: dict[str, Any] = {'norm_layer': norm_layer, 'attn_layer': attn_layer, 'mlp_layer': mlp_layer}
+        layers |= {'num_heads': num_heads, 'qkv_bias': qkv_bias, 'attn_drop': attn_drop_rate, 'proj_drop': drop_rate}
+        layers |= {'mlp_ratio': mlp_ratio, 'num_prefix_tokens': self.num_prefix_tokens}
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(DHVTBlock(dim=embed_dim, drop_path=rate, **layers) for rate in rates)
         self.feature_info = [
             {'num_chs': embed_dim, 'reduction': patch_size, 'module': f'blocks.{i}'} for i in range(depth)
         ]
@@ -417,11 +357,6 @@ class DHVT(nn.Module):
 
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(self._init_weights)
-        self.has_positions = pos_embed == 'learn'
-        if self.has_positions:
-            num_patches: int = self.patch_embed.num_patches  # type: ignore[assignment]
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + num_patches, embed_dim))
-            trunc_normal_(self.pos_embed, std=0.02)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -438,11 +373,7 @@ class DHVT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names exempt from weight decay besides biases and 1-D tensors.
-
-        Whole names, as in the published code: the blocks' head embeddings, `blocks.*.attn.pos_embed`, and the stem's
-        affines are decayed.
-        """
+        """Exempt from weight decay besides 1-D tensors. Published code: not head embeddings and affines."""
         return {'pos_embed', 'cls_token', 'dist_token'}
 
     @torch.jit.ignore
@@ -480,30 +411,15 @@ class DHVT(nn.Module):
         """Declares another image size, in pixels. Nothing has to be resampled: no parameter depends on it.
 
         Raises:
-            ValueError: if the patch size does not divide it, or the model has a position embedding.
+            ValueError: if the patch size does not divide it.
         """
-        if self.has_positions:
-            side: int = self.patch_embed.patch_size  # type: ignore[assignment]
-            self._refuse_grid(*(length // side for length in to_2tuple(img_size)))
         self.patch_embed.set_input_size(img_size)  # type: ignore[operator]
 
-    def _refuse_grid(self, height: int, width: int) -> None:
-        """Raises ValueError for a grid that the position embedding is not for."""
-        own: Grid = self.patch_embed.grid_size  # type: ignore[assignment]
-        if (height, width) != own:
-            raise ValueError(
-                f'the position embedding is for {own[0]}x{own[1]} patches, not {height}x{width}: keep the image size, '
-                'or leave out pos_embed'
-            )
-
     def _tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Images (B, C, H, W) -> all tokens (B, 1+N, D), the class token first, and the grid of the patches."""
         patches, grid = self.patch_embed(x)
         prefix = self._prefix_tokens().expand(patches.shape[0], -1, -1)
-        tokens = torch.cat([prefix, patches], dim=1)  # (B, 1+N, D)
-        if self.has_positions:
-            self._refuse_grid(*grid)
-            tokens = tokens + self.pos_embed
-        return tokens, grid
+        return torch.cat([prefix, patches], dim=1), grid
 
     def _prefix_tokens(self) -> Tensor:
         return self.cls_token
@@ -514,7 +430,7 @@ class DHVT(nn.Module):
                 return checkpoint(block, x, grid, use_reentrant=False)
             # The recomputation must not update BatchNorm's running statistics a second time.
             return checkpoint(
-                block, x, grid, use_reentrant=False, context_fn=lambda: (nullcontext(), _KeepStatistics(block))
+                block, x, grid, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_statistics(block))
             )
         return block(x, grid)
 
@@ -528,22 +444,11 @@ class DHVT(nn.Module):
         output_fmt: Literal['NCHW', 'NLC'] = 'NCHW',
         intermediates_only: bool = False,
     ) -> Any:
-        """Runs the encoder and returns what chosen blocks put out, as timm's transformers do.
-
-        Args:
-            x: images (B, C, H, W).
-            indices: the blocks, or how many of the last ones; None for all.
-            return_prefix_tokens: return pairs of (patches, class token (B, 1, D)).
-            norm: apply the final norm to each.
-            stop_early: do not run the blocks after the last chosen one.
-            output_fmt: 'NCHW' for maps (B, D, H/P, W/P), 'NLC' for tokens (B, N, D).
-            intermediates_only: leave out the final tokens.
+        """What chosen blocks put out, by timm's contract (`timm.models.VisionTransformer.forward_intermediates`).
 
         Returns:
-            The list of intermediates, or (final tokens (B, 1+N, D), that list).
-
-        Raises:
-            ValueError: for another `output_fmt`.
+            The intermediates of images (B, C, H, W), as maps (B, D, H/P, W/P) or tokens (B, N, D), in pairs with the
+            class tokens (B, 1, D) if asked for; or (final tokens (B, 1+N, D), that list).
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', not {output_fmt!r}")
@@ -595,72 +500,13 @@ class DHVT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-class DistilledDHVT(DHVT):
-    """DHVT with a distillation token after the class token and a head on it, as DeiT (Touvron et al. 2021) has them.
-
-    This project's own: the paper has no distilled model. Attention and feed-forward treat both tokens alike. After
-    `set_distilled_training()`, `forward` gives the logits of both heads in training mode, and otherwise their mean.
-
-    Args:
-        global_pool: 'token', and no other: the heads read the two tokens.
-    """
-
-    num_prefix_tokens = 2
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-        self.head_dist = self._new_head()
-        self.distilled_training = False
-        trunc_normal_(self.dist_token, std=0.02)
-
-    @staticmethod
-    def _check_pool(global_pool: str) -> None:
-        if global_pool != 'token':
-            raise ValueError(f"a distilled model's global_pool must be 'token', not {global_pool!r}")
-
-    @torch.jit.ignore
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """Makes `forward` return (class logits, distillation logits) in training mode."""
-        self.distilled_training = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> Any:
-        return self.head, self.head_dist
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts newly initialised heads in place; 0 classes remove them."""
-        super().reset_classifier(num_classes, global_pool)
-        self.head_dist = self._new_head()
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes the blocks after the last of `indices`, and the heads, for use as a feature extractor."""
-        if prune_head:
-            self.reset_classifier(0)
-        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
-
-    def _prefix_tokens(self) -> Tensor:
-        return torch.cat([self.cls_token, self.dist_token], dim=1)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """(B, 2+N, D) -> logits (B, num_classes), a pair of them, or with `pre_logits` the tokens' mean (B, D)."""
-        if pre_logits:
-            return x[:, :2].mean(dim=1)
-        logits, logits_dist = self.head(x[:, 0]), self.head_dist(x[:, 1])
-        if self.distilled_training and self.training:
-            return logits, logits_dist
-        return (logits + logits_dist) / 2
-
-
-def _cfg(*, size: int, num_classes: int) -> dict[str, Any]:
+def _cfg(*, img_size: int = 224, num_classes: int, **_: int) -> dict[str, Any]:
     return {
         'url': '',
         'num_classes': num_classes,
-        'input_size': (3, size, size),
+        'input_size': (3, img_size, img_size),
         'pool_size': None,
-        'crop_pct': 0.875 if size > 32 else 1.0,
+        'crop_pct': 0.875 if img_size > 32 else 1.0,
         'interpolation': 'bicubic',
         'fixed_input_size': False,
         'mean': IMAGENET_DEFAULT_MEAN,
@@ -674,137 +520,73 @@ def _cfg(*, size: int, num_classes: int) -> dict[str, Any]:
     }
 
 
-_CFGS: dict[str, Any] = {
-    'dhvt_tiny_cifar_patch4': _cfg(size=32, num_classes=100),
-    'dhvt_small_cifar_patch4': _cfg(size=32, num_classes=100),
-    'dhvt_tiny_cifar_patch2': _cfg(size=32, num_classes=100),
-    'dhvt_small_cifar_patch2': _cfg(size=32, num_classes=100),
-    'dhvt_tiny_domain_patch16': _cfg(size=224, num_classes=345),
-    'dhvt_small_domain_patch16': _cfg(size=224, num_classes=345),
-    'dhvt_tiny_imagenet_patch16': _cfg(size=224, num_classes=1000),
-    'dhvt_small_imagenet_patch16': _cfg(size=224, num_classes=1000),
+_VARIANTS: dict[str, dict[str, int]] = {
+    'dhvt_tiny_cifar_patch4': {'img_size': 32, 'patch_size': 4, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100},
+    'dhvt_small_cifar_patch4': {'img_size': 32, 'patch_size': 4, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100},
+    'dhvt_tiny_cifar_patch2': {'img_size': 32, 'patch_size': 2, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100},
+    'dhvt_small_cifar_patch2': {'img_size': 32, 'patch_size': 2, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100},
+    'dhvt_tiny_domain_patch16': {'patch_size': 16, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 345},
+    'dhvt_small_domain_patch16': {'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 345},
+    'dhvt_tiny_imagenet_patch16': {'patch_size': 16, 'embed_dim': 192, 'num_heads': 3, 'num_classes': 1000},
+    'dhvt_small_imagenet_patch16': {'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 1000},
 }
-_CFGS |= {f'{name}_distilled': {**cfg, 'classifier': ('head', 'head_dist')} for name, cfg in _CFGS.items()}
-default_cfgs = generate_default_cfgs(_CFGS)
+default_cfgs = generate_default_cfgs({name: _cfg(**sizes) for name, sizes in _VARIANTS.items()})
 
 
-def _create_dhvt(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> DHVT:
+def create_dhvt(variant: str, pretrained: bool = False, *, model_cls: type[DHVT] = DHVT, **kwargs: Any) -> DHVT:
+    """A variant of the table, or what a subclass makes of it; `kwargs` are the constructor's."""
     return build_model_with_cfg(
-        DistilledDHVT if variant.endswith('_distilled') else DHVT,
+        model_cls,
         variant,
         pretrained,
         feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
-        **{**defaults, **kwargs},
+        **{**_VARIANTS[variant.removesuffix('_distilled')], **kwargs},
     )
 
 
 @register_model
 def dhvt_tiny_cifar_patch4(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T, patch 4, 32 px: 6.0M parameters, 0.39 G multiply-adds."""
-    defaults = {'img_size': 32, 'patch_size': 4, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100}
-    return _create_dhvt('dhvt_tiny_cifar_patch4', pretrained, defaults, kwargs)
+    return create_dhvt('dhvt_tiny_cifar_patch4', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_small_cifar_patch4(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S, patch 4, 32 px: 23.4M parameters, 1.53 G multiply-adds."""
-    defaults = {'img_size': 32, 'patch_size': 4, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100}
-    return _create_dhvt('dhvt_small_cifar_patch4', pretrained, defaults, kwargs)
+    return create_dhvt('dhvt_small_cifar_patch4', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_tiny_cifar_patch2(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T, patch 2, 32 px: 5.8M parameters, 1.72 G multiply-adds."""
-    defaults = {'img_size': 32, 'patch_size': 2, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100}
-    return _create_dhvt('dhvt_tiny_cifar_patch2', pretrained, defaults, kwargs)
+    return create_dhvt('dhvt_tiny_cifar_patch2', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_small_cifar_patch2(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S, patch 2, 32 px: 22.8M parameters, 6.22 G multiply-adds."""
-    defaults = {'img_size': 32, 'patch_size': 2, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100}
-    return _create_dhvt('dhvt_small_cifar_patch2', pretrained, defaults, kwargs)
+    return create_dhvt('dhvt_small_cifar_patch2', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_tiny_domain_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T for DomainNet, patch 16, 224 px: 6.1M parameters, 1.37 G multiply-adds."""
-    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 345}
-    return _create_dhvt('dhvt_tiny_domain_patch16', pretrained, defaults, kwargs)
+    return create_dhvt('dhvt_tiny_domain_patch16', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_small_domain_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S for DomainNet, patch 16, 224 px: 23.8M parameters, 5.05 G multiply-adds."""
-    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 345}
-    return _create_dhvt('dhvt_small_domain_patch16', pretrained, defaults, kwargs)
+    return create_dhvt('dhvt_small_domain_patch16', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_tiny_imagenet_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T for ImageNet, patch 16, 224 px: 6.3M parameters, 1.36 G multiply-adds."""
-    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 192, 'num_heads': 3, 'num_classes': 1000}
-    return _create_dhvt('dhvt_tiny_imagenet_patch16', pretrained, defaults, kwargs)
+    return create_dhvt('dhvt_tiny_imagenet_patch16', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_small_imagenet_patch16(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S for ImageNet, patch 16, 224 px: 24.0M parameters, 5.05 G multiply-adds."""
-    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 1000}
-    return _create_dhvt('dhvt_small_imagenet_patch16', pretrained, defaults, kwargs)
-
-
-@register_model
-def dhvt_tiny_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-T, patch 4, 32 px, with a distillation token."""
-    defaults = {'img_size': 32, 'patch_size': 4, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100}
-    return _create_dhvt('dhvt_tiny_cifar_patch4_distilled', pretrained, defaults, kwargs)
-
-
-@register_model
-def dhvt_small_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-S, patch 4, 32 px, with a distillation token."""
-    defaults = {'img_size': 32, 'patch_size': 4, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100}
-    return _create_dhvt('dhvt_small_cifar_patch4_distilled', pretrained, defaults, kwargs)
-
-
-@register_model
-def dhvt_tiny_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-T, patch 2, 32 px, with a distillation token."""
-    defaults = {'img_size': 32, 'patch_size': 2, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 100}
-    return _create_dhvt('dhvt_tiny_cifar_patch2_distilled', pretrained, defaults, kwargs)
-
-
-@register_model
-def dhvt_small_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-S, patch 2, 32 px, with a distillation token."""
-    defaults = {'img_size': 32, 'patch_size': 2, 'embed_dim': 384, 'num_heads': 8, 'num_classes': 100}
-    return _create_dhvt('dhvt_small_cifar_patch2_distilled', pretrained, defaults, kwargs)
-
-
-@register_model
-def dhvt_tiny_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-T for DomainNet, patch 16, 224 px, with a distillation token."""
-    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 192, 'num_heads': 4, 'num_classes': 345}
-    return _create_dhvt('dhvt_tiny_domain_patch16_distilled', pretrained, defaults, kwargs)
-
-
-@register_model
-def dhvt_small_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-S for DomainNet, patch 16, 224 px, with a distillation token."""
-    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 345}
-    return _create_dhvt('dhvt_small_domain_patch16_distilled', pretrained, defaults, kwargs)
-
-
-@register_model
-def dhvt_tiny_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-T for ImageNet, patch 16, 224 px, with a distillation token."""
-    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 192, 'num_heads': 3, 'num_classes': 1000}
-    return _create_dhvt('dhvt_tiny_imagenet_patch16_distilled', pretrained, defaults, kwargs)
-
-
-@register_model
-def dhvt_small_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-S for ImageNet, patch 16, 224 px, with a distillation token."""
-    defaults = {'img_size': 224, 'patch_size': 16, 'embed_dim': 384, 'num_heads': 6, 'num_classes': 1000}
-    return _create_dhvt('dhvt_small_imagenet_patch16_distilled', pretrained, defaults, kwargs)
+    return create_dhvt('dhvt_small_imagenet_patch16', pretrained, **kwargs)

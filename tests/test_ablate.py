@@ -20,6 +20,7 @@ from torch import nn
 
 import models  # noqa: F401
 from main import main as train
+from models.ablations import create_model
 from models.dhvt import DHVT
 from tests.conftest import PLAIN, ROOT
 from tools import ablate
@@ -31,7 +32,7 @@ DEPTH, PATCHES, CLASSES = 12, 64, 100
 
 def small(**kwargs: Any) -> DHVT:
     defaults = {'embed_dim': 32, 'depth': 2, 'num_heads': 2, 'img_size': 16, 'num_classes': 7}
-    return timm.create_model('dhvt_tiny_cifar_patch4', **{**defaults, **kwargs})
+    return create_model('dhvt_tiny_cifar_patch4', **{**defaults, **kwargs})
 
 
 def parameters(kwargs: dict[str, Any], *, width: int, heads: int) -> int:
@@ -60,7 +61,7 @@ def test_parameters_of_each_row(name: str) -> None:
     table = TABLES[name]
     for row in table.rows:
         with torch.device('meta'):  # shapes alone
-            model = timm.create_model(row.model, **row.kwargs)
+            model = create_model(row.model, **row.kwargs)
         width, heads = (192, 4) if 'tiny' in row.model else (384, 8)
         expected = parameters(dict(row.kwargs), width=width, heads=row.kwargs.get('num_heads', heads))
         assert sum(p.numel() for p in model.parameters()) == expected, row.name
@@ -155,7 +156,7 @@ def test_position_embedding_refuses_another_grid() -> None:
         with pytest.raises(ValueError, match='position embedding is for 4x6 patches, not'):
             refuse()
     model.set_input_size((16, 24))
-    distilled = timm.create_model('dhvt_tiny_cifar_patch4_distilled', pos_embed='learn', **VIT)
+    distilled = create_model('dhvt_tiny_cifar_patch4_distilled', pos_embed='learn', **VIT)
     assert distilled.pos_embed.shape == (1, 66, 192) and distilled(torch.randn(1, 3, 32, 32)).shape == (1, 100)
 
 

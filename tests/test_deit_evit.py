@@ -17,7 +17,7 @@ from torch import nn
 import models  # noqa: F401
 from losses import DistillationLoss, Teacher
 from main import main
-from models.dhvt import DistilledDHVT
+from models.distilled import DistilledDHVT
 from models.evit import EViT, KeepRateSchedule
 from models.speed import count_macs
 from tests.conftest import PLAIN

@@ -242,7 +242,9 @@ assert all(name.split('.')[0] == 'dhvt_hub_models' for name in ours), ours
 
 
 def registered() -> list[str]:
-    return [name for module in (models.dhvt, models.deit, models.evit) for name in module.default_cfgs]
+    return [
+        name for module in (models.dhvt, models.distilled, models.deit, models.evit) for name in module.default_cfgs
+    ]
 
 
 def test_torch_hub_gives_every_model(tmp_path: Path, web_folder: tuple[Path, str]) -> None:

@@ -1,0 +1,137 @@
+"""DHVT with a distillation token, for training with a teacher (`--distillation-type`). It needs dhvt.py beside it.
+
+This project's own: the paper has no distilled model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from . import dhvt
+from .dhvt import DHVT, create_dhvt
+
+__all__ = ['DistilledDHVT']
+
+
+class DistilledDHVT(DHVT):
+    """DHVT with a distillation token after the class token and a head on it, as DeiT (Touvron et al. 2021) has them.
+
+    Attention and feed-forward treat both tokens alike. After
+    `set_distilled_training()`, `forward` gives the logits of both heads in training mode, and otherwise their mean.
+
+    Args:
+        global_pool: 'token', and no other: the heads read the two tokens.
+    """
+
+    num_prefix_tokens = 2
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.head_dist = self._new_head()
+        self.distilled_training = False
+        trunc_normal_(self.dist_token, std=0.02)
+
+    @staticmethod
+    def _check_pool(global_pool: str) -> None:
+        if global_pool != 'token':
+            raise ValueError(f"a distilled model's global_pool must be 'token', not {global_pool!r}")
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Makes `forward` return (class logits, distillation logits) in training mode."""
+        self.distilled_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Any:
+        return self.head, self.head_dist
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts newly initialised heads in place; 0 classes remove them."""
+        super().reset_classifier(num_classes, global_pool)
+        self.head_dist = self._new_head()
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the blocks after the last of `indices`, and the heads, for use as a feature extractor."""
+        if prune_head:
+            self.reset_classifier(0)
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+
+    def _prefix_tokens(self) -> Tensor:
+        return torch.cat([self.cls_token, self.dist_token], dim=1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """(B, 2+N, D) -> logits (B, num_classes), a pair of them, or with `pre_logits` the tokens' mean (B, D)."""
+        if pre_logits:
+            return x[:, :2].mean(dim=1)
+        logits, logits_dist = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        if self.distilled_training and self.training:
+            return logits, logits_dist
+        return (logits + logits_dist) / 2
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f'{name}_distilled': {**cfgs.default.to_dict(), 'classifier': ('head', 'head_dist')}
+        for name, cfgs in dhvt.default_cfgs.items()
+    }
+)
+
+
+def create_distilled(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> DHVT:
+    return create_dhvt(variant, pretrained, **{'model_cls': DistilledDHVT, **kwargs})
+
+
+@register_model
+def dhvt_tiny_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T, patch 4, 32 px, with a distillation token."""
+    return create_distilled('dhvt_tiny_cifar_patch4_distilled', pretrained, kwargs)
+
+
+@register_model
+def dhvt_small_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S, patch 4, 32 px, with a distillation token."""
+    return create_distilled('dhvt_small_cifar_patch4_distilled', pretrained, kwargs)
+
+
+@register_model
+def dhvt_tiny_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T, patch 2, 32 px, with a distillation token."""
+    return create_distilled('dhvt_tiny_cifar_patch2_distilled', pretrained, kwargs)
+
+
+@register_model
+def dhvt_small_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S, patch 2, 32 px, with a distillation token."""
+    return create_distilled('dhvt_small_cifar_patch2_distilled', pretrained, kwargs)
+
+
+@register_model
+def dhvt_tiny_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T for DomainNet, patch 16, 224 px, with a distillation token."""
+    return create_distilled('dhvt_tiny_domain_patch16_distilled', pretrained, kwargs)
+
+
+@register_model
+def dhvt_small_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S for DomainNet, patch 16, 224 px, with a distillation token."""
+    return create_distilled('dhvt_small_domain_patch16_distilled', pretrained, kwargs)
+
+
+@register_model
+def dhvt_tiny_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-T for ImageNet, patch 16, 224 px, with a distillation token."""
+    return create_distilled('dhvt_tiny_imagenet_patch16_distilled', pretrained, kwargs)
+
+
+@register_model
+def dhvt_small_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
+    """DHVT-S for ImageNet, patch 16, 224 px, with a distillation token."""
+    return create_distilled('dhvt_small_imagenet_patch16_distilled', pretrained, kwargs)
