@@ -215,9 +215,9 @@ def report_run(args: argparse.Namespace) -> None:
     interrupts = Interrupts()
     try:
         with interrupts.installed(), no_children_left():
-            from tools import report  # drawing takes a second to import, and is for the main process only
+            from reports.page import make  # drawing takes a second to import, and is for the main process only
 
-            made = report.make([Path(args.output_dir)], device=args.device, stop=lambda: bool(interrupts.signal))
+            made = make([Path(args.output_dir)], device=args.device, stop=lambda: bool(interrupts.signal))
         log(f'Report: {made}')
     except (Exception, SystemExit) as err:
         log(f'Note: there is no report ({one_line(err)}); python tools/report.py {args.output_dir} makes one')

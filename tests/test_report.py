@@ -27,6 +27,8 @@ from engine import EpochSums
 from main import main as train
 from pipeline.transforms import build_transform
 from reports import figures as report_figures
+from reports import predictions, runs
+from reports.page import make as make_page
 from tests.conftest import PLAIN, SMALL_MODEL
 from tests.test_deit_evit import EVIT
 from tests.test_engine import data, linear, loader
@@ -143,7 +145,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str
 def test_page_and_figures_are_the_logs(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     lines = make_run(tmp_path / 'run')
     timings = [json.loads(line) for line in (tmp_path / 'run' / 'timing.txt').read_text().splitlines()]
-    made = report.make([tmp_path / 'run'])
+    made = make_page([tmp_path / 'run'])
     assert made == tmp_path / 'run' / 'report.html'
     page = Page(made)
     accuracy, average = ([line[name] for line in lines] for name in ('test_acc1', 'ema_test_acc1'))
@@ -183,7 +185,7 @@ def test_any_length(tmp_path: Path, drawn: dict[str, Figure], planned: int, done
     make_run(tmp_path / 'run', planned=planned, done=done)
     if not done:
         (tmp_path / 'run' / 'log.txt').unlink()
-    page = Page(report.make([tmp_path / 'run']))
+    page = Page(make_page([tmp_path / 'run']))
     assert f'{done or "none"} of {planned} epochs' in page.words['head']
     assert ('not finished' in page.words['head']) == (done < planned)
     assert bool(drawn) == bool(done) and ('nothing to draw' in page.words['curves']) == (not done)
@@ -200,7 +202,7 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     lines[1] |= {'train_grad_norm': 'inf', 'test_acc1': 'nan', 'train_skipped_steps': 7}
     (tmp_path / 'run' / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     (tmp_path / 'run' / 'non_finite_epoch1_step3.json').write_text('{}')
-    page = Page(report.make([tmp_path / 'run']))
+    page = Page(make_page([tmp_path / 'run']))
     best = max((lines[epoch]['test_acc1'], epoch) for epoch in (0, 2))
     assert page.tiles()['best test accuracy'] == f'{best[0]:.2f}% epoch {best[1]}'
     assert 'left out 7 steps' in page.words['head'] and '1 non_finite_' in page.words['head']
@@ -249,7 +251,7 @@ def test_runs_without_anything_in_common(tmp_path: Path, drawn: dict[str, Figure
     for name in ('args.yaml', 'timing.txt'):
         (tmp_path / '_$old^' / name).unlink()
     make_run(tmp_path / 'new', done=0)
-    page = Page(report.make([tmp_path / '_$old^', tmp_path / 'new'], out=tmp_path / 'a' / 'b.html'))
+    page = Page(make_page([tmp_path / '_$old^', tmp_path / 'new'], out=tmp_path / 'a' / 'b.html'))
     summary = {row[0]: row for row in page.rows['summary']}
     best = max(old, key=lambda line: line['test_acc1'])
     assert summary['_$old^'][1:3] == ['2', f'{best["test_acc1"]:.2f}%epoch {best["epoch"]}']
@@ -314,8 +316,8 @@ def test_end_of_run_report(digits: Path) -> None:
 
 
 def test_matrix_counts_every_image(digits: Path, drawn: dict[str, Figure]) -> None:
-    run = report.read_runs([digits])[0]
-    found = report.predict(run, device='cpu', num_workers=0)
+    run = runs.read_runs([digits])[0]
+    found = predictions.predict(run, device='cpu', num_workers=0)
     assert not isinstance(found, str)
     targets, probabilities, _ = answers(digits)
     matrix = found.matrix()
@@ -323,7 +325,7 @@ def test_matrix_counts_every_image(digits: Path, drawn: dict[str, Figure]) -> No
     assert matrix[3, 5] == ((targets == 3) & (probabilities.argmax(axis=1) == 5)).sum()
     assert np.allclose(found.confidence, probabilities.max(axis=1), atol=1e-5)
     assert 100 * matrix.trace() / 360 == pytest.approx(found.accuracy)
-    report.describe_predictions(found, 0)
+    predictions.describe_predictions(found, 0)
     texts = {text.get_text() for text in drawn['confusion'].axes[0].texts}
     assert texts == {str(count) for count in matrix.flat if count}
 
@@ -375,7 +377,7 @@ def test_figures_of_any_number_of_classes(drawn: dict[str, Figure], size: int) -
     assert ticks.count('a class with a …') == (size if size <= 50 else 0)
     assert len(drawn['confusion'].axes[0].texts) == (np.count_nonzero(matrix) if size <= 20 else 0)
     assert len(drawn['classes'].axes[0].patches) == size - 1  # all but the class without images
-    pairs = report.confused_pairs(matrix, labels)
+    pairs = predictions.confused_pairs(matrix, labels)
     off = matrix[~np.eye(size, dtype=bool)]
     assert [pair[2] for pair in pairs] == sorted(off[off > 0].tolist(), reverse=True)[:15]
 
@@ -388,7 +390,7 @@ def test_no_report_loses_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     if how == 'absent':
-        monkeypatch.setitem(sys.modules, 'tools.report', None)  # as without matplotlib
+        monkeypatch.setitem(sys.modules, 'reports.page', None)  # as without matplotlib
         monkeypatch.delattr('tools.report')
     else:
         (tmp_path / 'out' / 'report.html').mkdir(parents=True)
@@ -404,7 +406,7 @@ def test_no_report_flag(tmp_path: Path) -> None:
 
 
 def test_signal_leaves_the_predictions_out(digits: Path, tmp_path: Path) -> None:
-    page = Page(report.make([digits], out=tmp_path / 'a.html', stop=lambda: True))
+    page = Page(make_page([digits], out=tmp_path / 'a.html', stop=lambda: True))
     assert 'There are none: a signal ended the evaluation' in page.words['predictions']
 
 

@@ -1,0 +1,118 @@
+"""One HTML page of runs, which needs no network, and its figures as PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from reports.figures import FIGURES, choose_colors, draw_log
+from reports.predictions import Predictions, describe_predictions, find_cost, predict
+from reports.runs import (
+    LoggedRun,
+    find_differences,
+    group_by_settings,
+    list_facts,
+    read_runs,
+    seed_statistics,
+    show_value,
+)
+from training import checkpoint as ckpt
+from utils import InputError, one_line, shorten
+
+TEMPLATE = 'page.html'
+
+
+def _find_notes(run: LoggedRun) -> list[str]:
+    notes = []
+    if not run.is_finished:
+        notes.append(f'{run.name} is not finished: {run.status}')
+    broken = len(list(run.folder.glob('non_finite_*.json')))
+    if broken:
+        notes.append(f'{run.name} has {broken} non_finite_….json: steps whose loss or gradient was no finite number')
+    skipped = sum(run.series('train_skipped_steps')[1])
+    if skipped:
+        notes.append(f'the loss scaler left out {skipped:.0f} steps of {run.name}')
+    return notes
+
+
+def make(
+    folders: Sequence[Path],
+    *,
+    out: Path | None = None,
+    predictions: bool = True,
+    mistakes: int = 24,
+    data_path: str | None = None,
+    device: str | None = None,
+    num_workers: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Path:
+    """Makes a report.
+
+    Args:
+        folders: of the runs.
+        out: the HTML file; its figures go to a folder beside it. report.html by default, in the run's folder if it is
+            one, else here.
+        predictions: evaluate the best checkpoint of the best run.
+        mistakes: how many of its most confident ones are shown.
+        data_path, device, num_workers, stop: as for `predict`.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        InputError: for a folder without a run, or one whose files are damaged.
+        OSError: if the report cannot be written.
+    """
+    runs = read_runs(folders)
+    out = out or (folders[0] / 'report.html' if len(folders) == 1 else Path('report.html'))
+    groups = group_by_settings(runs)
+    choose_colors(groups)
+    notes = [note for run in runs for note in _find_notes(run)]
+    known: dict[str, tuple[int, int]] = {}
+    facts = []
+    for run in runs:
+        cost = None
+        try:
+            cost = find_cost(run, known)
+        except InputError as err:
+            notes.append(f'{run.name}: {one_line(err)}')
+        facts.append(list_facts(run, cost))
+    over_seeds, left_out = seed_statistics(groups)
+    scored = [(result.value, run) for run in runs if (result := run.result('test_acc1')) is not None]
+    best = max(scored, key=lambda entry: entry[0])[1] if scored else runs[0]
+    found: Predictions | str = 'they were not asked for (--no-predictions)'
+    if predictions:
+        found = predict(best, data_path=data_path, device=device, num_workers=num_workers, stop=stop)
+    described = None if isinstance(found, str) else describe_predictions(found, mistakes)
+    pictures = draw_log(runs)
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True
+    ).get_template(TEMPLATE).render(
+        title=runs[0].name if len(runs) == 1 else f'{len(runs)} runs: {shorten(run.name for run in runs)}',
+        runs=runs,
+        best=best,
+        facts=facts,
+        notes=[*notes, *left_out],
+        over_seeds=over_seeds,
+        differences=find_differences(runs) if len(runs) > 1 else {},
+        pictures=pictures,
+        predictions=described,
+        why_not='' if described else found,
+        arguments=[(name, show_value(value)) for name, value in {**runs[0].args, **runs[0].derived}.items()],
+        made=datetime.now().strftime('%Y-%m-%d %H:%M'),
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f'{out.stem}_figures')
+    beside.mkdir(exist_ok=True)
+    drawn = {picture.name: picture for picture in (*pictures, *(described or {'pictures': []})['pictures'])}
+    for name in FIGURES:
+        if name in drawn:
+            ckpt.write_bytes(beside / f'{name}.png', drawn[name].data)
+        else:
+            (beside / f'{name}.png').unlink(missing_ok=True)  # of an earlier report
+    ckpt.write_bytes(out, page.encode('utf-8', 'backslashreplace'))
+    return out

@@ -1,0 +1,278 @@
+"""What a run's best checkpoint does with each test image, and what its model costs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn import metrics
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from config.arguments import parse_args, stored_flags
+from config.builders import build_model
+from config.data import load_splits, open_loaders
+from config.errors import explain
+from config.models import keeps_tokens_by_rate
+from datasets import DATA_SETS
+from models.speed import count_macs
+from pipeline.images import ImageDataset
+from reports.figures import MOST_NAMES, draw_classes, draw_confusion, thumbnail
+from reports.runs import (
+    LoggedRun,
+    printable,
+)
+from training import checkpoint as ckpt
+from training.devices import default_device, find_amp_dtype, find_device
+from training.distributed import Process
+from training.output import BEST
+from utils import InputError, ProgressBar, SizedLoader, one_line
+
+MOST_PAIRS = 15  # of classes that are confused
+
+
+def recall(flags: Sequence[str], source: str) -> Any:
+    """The arguments that stored flags come to.
+
+    Raises:
+        InputError: if they are not those of this program.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return parse_args(flags)
+    except SystemExit:
+        raise InputError(f'{source} has flags that main.py refuses: {said.getvalue().strip()}') from None
+
+
+def find_cost(run: LoggedRun, known: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Parameters and multiply-adds of one image; None where the folder does not say what the model is.
+
+    Args:
+        known: what was found before, by the model's arguments.
+
+    Raises:
+        InputError: if the model cannot be built.
+    """
+    data_set = DATA_SETS.get(str(run.args.get('data_set')))
+    num_classes = run.derived.get('nb_classes') or run.args.get('nb_classes') or (data_set and data_set.num_classes)
+    if not run.args.get('model') or not isinstance(num_classes, int):
+        return None
+    flags = [*stored_flags(run.args), '--mixup', '0', '--cutmix', '0']  # with which any batch size is right
+    args = recall(flags, str(run.folder / 'args.yaml'))
+    evit = [args.base_keep_rate, args.fuse_token, args.drop_loc]
+    key = json.dumps([args.model, args.model_kwargs, args.input_size, num_classes, evit], default=str)
+    if key not in known:
+        model = build_model(args, num_classes)
+        try:
+            macs = count_macs(model, (3, args.input_size, args.input_size))
+        except Exception as err:  # the tracer has not heard of every operator of timm's models
+            raise InputError(f'the multiply-adds of {args.model} cannot be counted: {one_line(err)}') from None
+        known[key] = sum(p.numel() for p in model.parameters()), macs
+    return known[key]
+
+
+@dataclass
+class Predictions:
+    """A checkpoint's answers to n images.
+
+    `targets` and `predicted` are class indices (n,), `confidence` the probabilities (n,) of the latter, `indices` the
+    images' numbers in `dataset`; `labels` name each class that is a target or an answer.
+    """
+
+    run: LoggedRun
+    dataset: ImageDataset
+    labels: list[str]
+    indices: np.ndarray
+    targets: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    epoch: int
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * float(metrics.accuracy_score(self.targets, self.predicted))
+
+    def matrix(self) -> np.ndarray:
+        """Images by class (row) and answer (column)."""
+        return metrics.confusion_matrix(self.targets, self.predicted, labels=np.arange(len(self.labels)))
+
+    def by_class(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Accuracy and precision of each class in percent, NaN where there are no images, and its images."""
+        precision, right, _, images = metrics.precision_recall_fscore_support(
+            self.targets, self.predicted, labels=np.arange(len(self.labels)), zero_division=np.nan
+        )
+        return 100 * right, 100 * precision, images
+
+    def mistakes(self, most: int) -> np.ndarray:
+        """Positions of the wrong answers, the most confident first."""
+        wrong = np.flatnonzero(self.targets != self.predicted)
+        return wrong[np.argsort(-self.confidence[wrong], kind='stable')][:most]
+
+
+def _read_checkpoint(path: str, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A checkpoint of main.py, and the arguments that evaluate it.
+
+    Args:
+        overrides: flags that replace the checkpoint's, None for those that do not.
+
+    Raises:
+        InputError: if it is damaged, or of another program.
+    """
+    state = ckpt.load(path)
+    stored = ckpt.stored_args(state)
+    if not isinstance(stored.get('model'), str) or str(stored.get('data_set')) not in DATA_SETS:
+        raise InputError(f'{path} does not say its model and data set: it is not of main.py')
+    flags = [*stored_flags(stored), '--eval', '--finetune', path]
+    given = {'--on-bad-image': stored.get('on_bad_image'), '--timeout': stored.get('timeout'), **overrides}
+    flags += [f'{flag}={value}' for flag, value in given.items() if value is not None]
+    return state, recall(flags, path)
+
+
+def predict(
+    run: LoggedRun,
+    *,
+    data_path: str | None = None,
+    device: str | None = None,
+    num_workers: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Predictions | str:
+    """Evaluates a run's best checkpoint on its test images; where that cannot be, says why.
+
+    Args:
+        data_path: where the images are, if not where the run had them.
+        device, num_workers: as main.py's flags.
+        stop: asked before each batch.
+
+    Raises:
+        InputError: if the checkpoint is damaged, or not of main.py.
+        UsageError: for a device that is not there.
+    """
+    path = str(run.folder / BEST)
+    if not Path(path).exists():
+        return f'{run.name} has no {BEST}' + ('' if run.lines else ': no epoch is whole yet')
+    hint = 'leave it out with --no-predictions'
+    process = Process()
+    chosen = find_device(device or default_device(process), process=process)
+    try:
+        state, args = _read_checkpoint(path, {'--data-path': data_path, '--num_workers': num_workers})
+        names = ckpt.class_names(state, path)
+    except InputError as err:
+        raise InputError(f'{one_line(err)}; {hint}') from None
+    cifar = {'CIFAR': CIFAR100, 'CIFAR10': CIFAR10}.get(args.data_set)
+    if cifar is not None and not args.use_lmdb and not Path(args.data_path, cifar.base_folder).is_dir():
+        return f'{args.data_path} has no {cifar.base_folder}'  # which a report is no reason to download
+    try:
+        splits = load_splits(args, process, names)
+        loader = open_loaders(args, splits, process, chosen)[1]
+    except (InputError, OSError) as err:
+        return f'the images of {args.data_set} cannot be read: {one_line(err)}'
+    try:
+        model = build_model(args, splits.num_classes)
+        ckpt.load_whole(model, ckpt.model_weights(state, path), path)
+    except InputError as err:
+        raise InputError(f'{one_line(err)}; {hint}') from None
+    keep_rate = state.get('keep_rate') if keeps_tokens_by_rate(args.model) else None
+    try:
+        answers = _answers(
+            model.to(chosen).eval(), loader, chosen, find_amp_dtype(args.amp, chosen),
+            {} if keep_rate is None else {'keep_rate': keep_rate}, stop
+        )  # fmt: skip
+    except (InputError, OSError) as err:
+        return one_line(err)
+    except RuntimeError as err:
+        reason = explain(err, args)
+        if reason is None:
+            raise
+        return str(reason)
+    if not answers:
+        return 'there are no test images'
+    targets, predicted, confidence = (np.concatenate(part) for part in zip(*answers, strict=True))
+    seen = np.flatnonzero(targets >= 0)  # the others cannot be decoded, and the run left them out too
+    classes = [printable(name) for name in splits.val.classes]
+    extra = range(len(classes), max(len(classes), int(predicted.max()) + 1))
+    labels = [*classes, *(f'output {number}, of no class' for number in extra)]
+    epoch = int(state.get('epoch', -1))
+    return Predictions(run, splits.val, labels, seen, targets[seen], predicted[seen], confidence[seen], epoch)
+
+
+@torch.inference_mode()
+def _answers(
+    model: torch.nn.Module,
+    loader: SizedLoader,
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    options: Mapping[str, Any],
+    stop: Callable[[], bool] | None,
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Targets, answers and their probabilities, batch by batch."""
+    found = []
+    for images, targets in ProgressBar(loader, header='Predictions', print_freq=10):
+        if stop is not None and stop():
+            raise InputError('a signal ended the evaluation')
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            logits = model(images.to(device, non_blocking=True), **options)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1])).indices[:, :1]  # of equals, which bfloat16 has, evaluate's choice
+        confidence = logits.softmax(dim=1).gather(1, best)
+        found.append((targets.cpu().numpy(), best[:, 0].cpu().numpy(), confidence[:, 0].cpu().numpy()))
+    return found
+
+
+def confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[tuple[str, str, int, float]]:
+    """The commonest pairs of class and wrong answer: their names, their images, and these in percent of the class."""
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind='stable')[:MOST_PAIRS]
+    pairs = [(int(place) // len(labels), int(place) % len(labels)) for place in order]
+    return [
+        (labels[row], labels[column], int(wrong[row, column]), 100 * wrong[row, column] / matrix[row].sum())
+        for row, column in pairs
+        if wrong[row, column]
+    ]
+
+
+def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:
+    """What the page says about predictions."""
+    matrix = found.matrix()
+    accuracy, precision, images = found.by_class()
+    rows = [
+        (label, int(count), None if math.isnan(right) else float(right), None if math.isnan(exact) else float(exact))
+        for label, count, right, exact in zip(found.labels, images, accuracy, precision, strict=True)
+    ]
+    shown = []
+    for position in found.mistakes(mistakes):
+        index = int(found.indices[position])
+        shown.append(
+            {
+                'picture': thumbnail(printable(found.dataset.name(index)), found.dataset.load(index)),
+                'class': found.labels[found.targets[position]],
+                'answer': found.labels[found.predicted[position]],
+                'confidence': 100 * float(found.confidence[position]),
+            }
+        )
+    logged = found.run.result('test_acc1')
+    return {
+        'run': found.run.name,
+        'epoch': found.epoch,
+        'images': int(matrix.sum()),
+        'wrong': int(matrix.sum() - matrix.trace()),
+        'accuracy': found.accuracy,
+        'logged': logged,
+        'num_classes': len(found.labels),
+        'many': len(found.labels) > MOST_NAMES,
+        'pairs': confused_pairs(matrix, found.labels),
+        'classes': rows,
+        'mistakes': shown,
+        'pictures': [
+            draw_confusion(matrix, found.labels), draw_classes(accuracy, found.labels, found.accuracy)
+        ],
+    }  # fmt: skip
