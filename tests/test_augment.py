@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import augment
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from timm.data.mixup import rand_bbox_minmax
 from timm.data.random_erasing import RandomErasing
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline import augment
 from pipeline.augment import OPS, BatchedAugment, BatchedMixup, Purpose
 from pipeline.transforms import build_transform
 from tools import benchmark_augment
