@@ -133,22 +133,22 @@ class LostStream:
     """
 
     def __init__(self, stream: TextIO | None, name: str, warn: Callable[[str], object]) -> None:
-        self._stream = open(os.devnull, 'w') if stream is None else stream  # noqa: SIM115  stays open
+        self.stream = open(os.devnull, 'w') if stream is None else stream  # noqa: SIM115  stays open
         self._name = name
         self._warn = warn
         self._lost = False
-        if isinstance(self._stream, io.TextIOWrapper):
-            self._stream.reconfigure(errors='backslashreplace')  # names of files may be anything
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors='backslashreplace')  # names of files may be anything
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
+        self._try(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        self._try(self._stream.flush)
+        self._try(self.stream.flush)
 
     def _try(self, call: Callable[[], object]) -> None:
         try:
@@ -158,7 +158,7 @@ class LostStream:
                 return
             self._lost = True
             with suppress(OSError, ValueError):  # what the buffer still holds goes nowhere, without an error at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             self._warn(f'Warning: {self._name} is gone ({one_line(err)}); the program goes on\n')
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ def one_line_errors(program: str) -> Iterator[None]:
             yield
         except InputError as err:
             leave(program, one_line(err), err.exit_code, label=err.label)
+        except BrokenPipeError:  # whoever reads the results of `predict.py … | head` has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
         except OSError as err:
             leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
         except MemoryError:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import models  # noqa: F401
+from models.ablations import create_model
 from tools import visualize
 from tools.visualize import choose_layers, look
 from training import checkpoint as ckpt
@@ -24,7 +25,7 @@ PLAIN_ATTENTION = {'attention': 'plain'}
 
 def build(name: str, **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, **{**SMALL, **kwargs}).double().eval()
+    model = create_model(name, **{**SMALL, **kwargs}).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -94,7 +95,7 @@ def test_layers() -> None:
 
 
 def save(path: Path, name: str, size: int = 16, **kwargs: Any) -> str:
-    model = timm.create_model(name, **{**SMALL, 'img_size': size, **kwargs})
+    model = create_model(name, **{**SMALL, 'img_size': size, **kwargs})
     settings = [(key, value) for key, value in {**SMALL, **kwargs}.items() if key not in ('img_size', 'num_classes')]
     args = {'model': name, 'input_size': size, 'model_kwargs': settings}
     ckpt.save(path, {'model': model.state_dict(), 'args': args})

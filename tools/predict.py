@@ -342,9 +342,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                     out.parent.mkdir(parents=True, exist_ok=True)
                     ckpt.write_file(out, run_in_file)
             else:
-                if isinstance(sys.stdout, io.TextIOWrapper):
-                    sys.stdout.reconfigure(errors='surrogateescape')
-                run(sys.stdout)
+                results = getattr(sys.stdout, 'stream', sys.stdout)  # which end with their reader, as messages do not
+                if isinstance(results, io.TextIOWrapper):
+                    results.reconfigure(errors='surrogateescape')
+                run(results)
         except torch.OutOfMemoryError:
             raise InputError('out of GPU memory: lower --batch-size') from None
         except RuntimeError as err:
