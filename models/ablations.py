@@ -19,7 +19,14 @@ from einops import rearrange
 from timm.layers import LayerNorm2d, Mlp, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from .dhvt import DHVT, DynamicAggregationFeedForward, Grid, HeadInteractedAttention, SequentialOverlapPatchEmbed
+from .dhvt import (
+    DHVT,
+    DynamicAggregationFeedForward,
+    Grid,
+    HeadInteractedAttention,
+    SelfAttention,
+    SequentialOverlapPatchEmbed,
+)
 from .distilled import DistilledDHVT
 
 __all__ = ['FeedForward', 'PatchEmbed', 'PlainAttention', 'SplitFeedForward', 'choose_layers', 'create_model']
@@ -57,11 +64,8 @@ class NoAffineEmbed(SequentialOverlapPatchEmbed):
         self.pre_affine = self.post_affine = nn.Identity()  # type: ignore[assignment]
 
 
-class PlainAttention(HeadInteractedAttention):
+class PlainAttention(SelfAttention):
     """ViT's self-attention, without head tokens. Maps (B, 1+N, D) to the same shape; `proj_drop` acts on the result."""
-
-    def make_head_tokens(self, dim: int) -> None:
-        """There are none."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_drop(self.attend(x))

@@ -107,13 +107,8 @@ class SequentialOverlapPatchEmbed(nn.Module):
         return rearrange(x, 'b d h w -> b (h w) d'), grid  # (B, N, D)
 
 
-class HeadInteractedAttention(nn.Module):
-    """HI-MHSA: self-attention in which one token for each head takes part. Paper §3.3, eqs. 6 and 7.
-
-    A head token is a projection of that head's share of the mean token. The h of them attend and are attended to
-    beside the class and patch tokens; afterwards their mean is added to the class token and they are dropped.
-    Maps (B, 1+N, D), the class token first, to the same shape. `proj_drop` acts on the result. Any distillation token
-    after the class token is treated as that is.
+class SelfAttention(nn.Module):
+    """ViT's self-attention of any tokens, without its last dropout.
 
     Raises:
         ValueError: if the number of heads does not divide the width.
@@ -141,20 +136,6 @@ class HeadInteractedAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.make_head_tokens(dim)
-
-    def make_head_tokens(self, dim: int) -> None:
-        self.ht_proj = nn.Linear(self.head_dim, dim)
-        self.ht_norm = nn.LayerNorm(self.head_dim)  # published code: eps 1e-5, unlike the other norms
-        self.act = nn.GELU()
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_heads, dim))  # the head embedding; decayed, see DHVT
-        trunc_normal_(self.pos_embed, std=0.02)
-
-    def head_tokens(self, x: Tensor) -> Tensor:
-        """(B, 1+N, D) -> (B, h, D), one token for each head."""
-        heads = rearrange(x.mean(dim=1), 'b (h d) -> b h d', h=self.num_heads)
-        heads = rearrange(self.ht_proj(heads), 'b h (g d) -> b h g d', g=self.num_heads)  # (B, h, h, d)
-        return rearrange(self.act(self.ht_norm(heads)), 'b h g d -> b h (g d)') + self.pos_embed  # (B, h, D)
 
     def attend(self, x: Tensor) -> Tensor:
         """Self-attention of any tokens, (B, T, D) -> (B, T, D)."""
@@ -166,6 +147,30 @@ class HeadInteractedAttention(nn.Module):
             attn = (q @ k.transpose(-2, -1)) * self.scale  # (B, h, T, T)
             x = self.attn_drop(attn.softmax(dim=-1)) @ v  # (B, h, T, d)
         return self.proj(rearrange(x, 'b h t d -> b t (h d)'))
+
+
+class HeadInteractedAttention(SelfAttention):
+    """HI-MHSA: self-attention in which one token for each head takes part. Paper §3.3, eqs. 6 and 7.
+
+    A head token is a projection of that head's share of the mean token. The h of them attend and are attended to
+    beside the class and patch tokens; afterwards their mean is added to the class token and they are dropped.
+    Maps (B, 1+N, D), the class token first, to the same shape. `proj_drop` acts on the result. Any distillation token
+    after the class token is treated as that is.
+    """
+
+    def __init__(self, *, dim: int, **kwargs: Any) -> None:
+        super().__init__(dim=dim, **kwargs)
+        self.ht_proj = nn.Linear(self.head_dim, dim)
+        self.ht_norm = nn.LayerNorm(self.head_dim)  # published code: eps 1e-5, unlike the other norms
+        self.act = nn.GELU()
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_heads, dim))  # the head embedding; decayed, see DHVT
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def head_tokens(self, x: Tensor) -> Tensor:
+        """(B, 1+N, D) -> (B, h, D), one token for each head."""
+        heads = rearrange(x.mean(dim=1), 'b (h d) -> b h d', h=self.num_heads)
+        heads = rearrange(self.ht_proj(heads), 'b h (g d) -> b h g d', g=self.num_heads)  # (B, h, h, d)
+        return rearrange(self.act(self.ht_norm(heads)), 'b h g d -> b h (g d)') + self.pos_embed  # (B, h, D)
 
     def forward(self, x: Tensor) -> Tensor:
         num_patches = x.shape[1] - self.num_prefix_tokens
