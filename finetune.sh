@@ -39,7 +39,7 @@ data_flags "$recipe"
 case $recipe in
     digits)
         model=dhvt_tiny_cifar_patch4 total=64 NPROC=${NPROC:-1}
-        # In training mode: the statistics of photographs are no use on digits (README.md has both figures).
+        # In training mode: the statistics of photographs are no use on digits (docs/recipes.md has both figures).
         flags=(--input-size 32 --epochs 5 --lr 4e-3 --warmup-epochs 0 --train-mode --aa none --color-jitter 0
             --hflip 0 --reprob 0 --mixup 0 --cutmix 0 --no-repeated-aug --no-model-ema --num_workers 0)
         ;;

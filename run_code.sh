@@ -11,7 +11,7 @@
 # clipart, infograph, painting, quickdraw, real, sketch
 #                       256 / 128      1e-3            20        300      clipart: 71.73 / 73.89
 # folder                256 / 128      1e-3            20        300      your images, in DATA/{train,val}/CLASS/;
-#                       other data sets by --data-set (README.md, Data)
+#                       other data sets by --data-set (docs/data.md)
 #
 # Published values: DHVT (NeurIPS 2022), tables 3, 4 and 13 and appendix; DeiT (ICML 2021), EViT (ICLR 2022).
 # Everything that they leave to main.py's defaults is DeiT's: AdamW, cosine, weight decay 0.05, RandAugment, mixup, cutmix, erasing, repeated augmentation.

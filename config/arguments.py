@@ -55,7 +55,7 @@ def _interval(text: str) -> tuple[str, float]:
 
 
 def get_args_parser() -> FlagParser:
-    """The flags. Names, meanings and defaults are the published code's; DIFFERENCES.md lists the exceptions."""
+    """The flags. Names, meanings and defaults are the published code's; docs/differences.md lists the exceptions."""
     parser = FlagParser('main.py', description='Train, fine-tune and evaluate DHVT, DeiT and EViT.')
     switch = argparse.BooleanOptionalAction
     parser.add_argument('--batch-size', default=64, type=FROM_ONE, help='images for each process and step')

@@ -186,7 +186,7 @@ def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: i
 def synchronize_stem(model: nn.Module, device: torch.device) -> None:
     """Lets the stem's BatchNorms, and no others, see the batches of all processes, as in the published code.
 
-    PyTorch's SyncBatchNorm exists on GPUs only; on CPUs each process normalises its own batch (DIFFERENCES.md).
+    PyTorch's SyncBatchNorm exists on GPUs only; on CPUs each process normalises its own batch (docs/differences.md).
     """
     if device.type == 'cuda' and isinstance(getattr(model, 'patch_embed', None), nn.Module):
         model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)

@@ -1,4 +1,4 @@
-"""Makes faults and looks at what they leave: the program behind the table in the README's "What we promise".
+"""Makes faults and looks at what they leave: the program behind the table in docs/guarantees.md.
 
     python tests/faults.py [NAME …] [--times N] [--seed N]
 

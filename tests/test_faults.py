@@ -1,4 +1,4 @@
-"""Each promise of the README, with the fault that tests it made once or twice; faults.py makes them more often."""
+"""Each promise of docs/guarantees.md, with the fault that tests it made once or twice; faults.py does so more often."""
 
 from __future__ import annotations
 

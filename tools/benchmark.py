@@ -181,15 +181,19 @@ def describe_machine() -> str:
     return f'{processor}, {num_usable_cores()} cores, {threads} threads{gpu}, torch {torch.__version__}'
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program: exit code 2 for wrong flags, 1 for anything else that cannot be used."""
+def get_args_parser() -> FlagParser:
     parser = FlagParser('benchmark.py', description=(__doc__ or '').splitlines()[0])
     parser.add_argument('what', choices=('step', 'eval', 'loader'))
     parser.add_argument('--baseline', default='', metavar='FLAGS', help='the variant that others are compared with')
     parser.add_argument('--candidate', action='append', default=[], metavar='FLAGS', help='another; may be repeated')
     parser.add_argument('--rounds', default=5, type=FROM_ONE, help='measurements of each variant')
     parser.add_argument('--seconds', default=5.0, type=POSITIVE, help='length of a measurement, at least')
-    args, common = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the program: exit code 2 for wrong flags, 1 for anything else that cannot be used."""
+    args, common = get_args_parser().parse_known_args(argv)
     with one_line_errors('benchmark.py'), no_children_left():
         variants = [parse_variant(text) for text in (args.baseline, *args.candidate)]
         try:
