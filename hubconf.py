@@ -66,8 +66,9 @@ def _import_trained() -> _types.ModuleType:
 
 def _entry_point(name: str, create: _typing.Callable[..., _typing.Any]) -> _typing.Callable[..., _typing.Any]:
     def entry_point(checkpoint: str | None = None, **kwargs: _typing.Any) -> _typing.Any:
+        build = _importlib.import_module(f'{_models.__name__}.ablations').create_model  # timm's, and ablations
         if checkpoint is None:
-            return create(**kwargs)
+            return build(name, **kwargs)
         trained = _import_trained()
         loaded = trained.ckpt.load(checkpoint)
         weights = trained.ckpt.model_weights(loaded, checkpoint)
@@ -76,7 +77,7 @@ def _entry_point(name: str, create: _typing.Callable[..., _typing.Any]) -> _typi
             raise ValueError(f'{checkpoint} is of {stored}, not of {name}')
         img_size = kwargs.pop('img_size', None)
         settings = trained.read_settings(loaded, weights, checkpoint, name=name, input_size=img_size)
-        model = create(**{'img_size': settings.input_size, **settings.kwargs, **kwargs})
+        model = build(name, **{'img_size': settings.input_size, **settings.kwargs, **kwargs})
         trained.ckpt.load_whole(model, weights, checkpoint)
         return model.eval()
 

@@ -109,11 +109,14 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
     if args.opt in ('adam', 'adamw') and device.type in ('cuda', 'cpu'):
         kwargs['fused'] = True  # one kernel; on GPUs it skips steps that float16 spoils without a wait for the host
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **kwargs
         )
     except (ValueError, TypeError, RuntimeError, AssertionError) as err:
         raise UsageError(f'--opt {args.opt}: {one_line(err)}') from None
+    if getattr(optimizer, 'is_second_order', False):
+        raise UsageError(f'--opt {args.opt} needs second derivatives, which training here does not compute')
+    return optimizer
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,44 @@ DEFAULT_TEACHER = 'regnety_160'
 EVIT_ARGUMENTS = ('base_keep_rate', 'fuse_token', 'drop_loc')
 
 
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether a value is a number, a word, or a small nest of them."""
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and len(value) <= 1000 and all(_is_plain(item, depth - 1) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def constructor_arguments(model: nn.Module) -> set[str]:
+    constructors = [vars(cls)['__init__'] for cls in type(model).__mro__ if '__init__' in vars(cls)]
+    return {argument for constructor in constructors for argument in inspect.signature(constructor).parameters}
+
+
+def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Lets only the arguments of a model's own constructor pass, and of plain types.
+
+    What else timm's `create_model` takes says which file or address weights are loaded from, which neither a checkpoint
+    nor a file of flags may decide.
+
+    Raises:
+        UsageError: with the argument's name.
+    """
+    known = {'img_size', 'num_classes', 'drop_rate', 'drop_path_rate'}
+    if name.startswith('dhvt_'):
+        known |= {*ablations.OPTIONS, 'pos_embed'}
+    if not kwargs.keys() <= known:
+        try:
+            with torch.device('meta'):  # which takes no memory
+                model = timm.create_model(name)
+        except Exception:  # a constructor that looks at its tensors
+            model = timm.create_model(name)
+        known |= constructor_arguments(model)
+    for key, value in kwargs.items():
+        if key not in known:
+            raise UsageError(f'{name} refuses its arguments: {key} is refused, its constructor has none of that name')
+        if not _is_plain(value):
+            raise UsageError(f'{name} refuses its arguments: {key} is refused, it is no plain value')
+
+
 def new_model(flag: str, name: str, img_size: int, kwargs: dict[str, Any]) -> nn.Module:
     """A model by its name in timm's registry, told the image size in pixels if it takes one.
 
@@ -31,6 +70,7 @@ def new_model(flag: str, name: str, img_size: int, kwargs: dict[str, Any]) -> nn
         near = ', '.join(timm.list_models(['dhvt_*', 'deit_*cifar*', 'deit_*shrink_base']))
         raise UsageError(f"{flag} {name}: timm's registry has no such model; this project adds {near}")
     try:
+        check_kwargs(name, kwargs)
         try:
             return ablations.create_model(name, **{'img_size': img_size, **kwargs})
         except TypeError as err:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from config.models import evit_kwargs, new_model
+from config.models import check_kwargs, constructor_arguments, evit_kwargs, new_model
 from models.folding import fold_batchnorm
 from training import checkpoint as ckpt
 from utils import InputError, UsageError
@@ -76,6 +75,8 @@ def read_settings(
         kwargs = {**dict(stored.get('model_kwargs') or []), **evit_kwargs(stored)}
     except (TypeError, ValueError):
         raise InputError(f'{source} has model arguments that are not of this program') from None
+    if timm.is_model(name):
+        check_kwargs(name, kwargs)
     classes = ckpt.class_names(checkpoint, source) or []
     head = _size_of_head(name, weights) or stored.get('nb_classes') or len(classes)
     if head:
@@ -87,8 +88,7 @@ def read_settings(
 
 def takes_image_size(model: nn.Module) -> bool:
     """Whether a model's constructor has `img_size`; convolutional networks do without."""
-    constructors = [vars(cls)['__init__'] for cls in type(model).__mro__ if '__init__' in vars(cls)]
-    return any('img_size' in inspect.signature(constructor).parameters for constructor in constructors)
+    return 'img_size' in constructor_arguments(model)
 
 
 def load_trained(

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import folder2lmdb
 from config.arguments import parse_args
 from config.builders import build_model, build_optimizer, build_scheduler
 from config.data import load_splits, open_loaders
+from config.pretrained import load_trained
 from datasets import DATA_SETS, build_datasets
 from main import main
 from pipeline.images import decode
@@ -310,3 +312,34 @@ def test_the_damage_reaches_what_is_tested(trained: Path) -> None:
     assert safetensors.torch.load(content).keys() == loaded['model'].keys()
     assert json.loads(content[8 : 8 + int.from_bytes(content[:8], 'little')])['__metadata__']['format'] == 'pt'
     assert len(DATA_SETS) > 10
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('pretrained', True),
+        ('pretrained_cfg', {'url': 'http://127.0.0.1:9/a.zip'}),
+        ('pretrained_cfg_overlay', {'url': 'http://127.0.0.1:9/a.zip'}),
+        ('cache_dir', '/tmp'),
+        ('checkpoint_path', '/tmp/a.pth'),
+        ('model_cls', 'x'),
+        ('features_only', True),
+        ('embed_dim', {'a': 1}),
+    ],
+)
+def test_a_checkpoint_does_not_say_what_is_loaded_from_where(
+    key: str, value: Any, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither do typed arguments: timm's loader takes nothing but the constructor's own."""
+    state = ckpt.load(str(trained / 'checkpoint.pth'))
+    state['args'] = {**state['args'], 'model_kwargs': [*state['args']['model_kwargs'], (key, value)]}
+    path = str(tmp_path / 'a.pth')
+    ckpt.save(Path(path), state)
+    typed = ['--model-kwargs', f'{key}={value!r}', '--only_test_speed', '--device', 'cpu']
+    for argv in (['--eval', '--resume', path, '--device', 'cpu'], typed):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        error = capsys.readouterr().err
+        assert caught.value.code in (1, 2) and error.count('\n') == 1 and key in error and 'refused' in error, error
+    with pytest.raises(InputError, match=f'{key} is refused'):
+        load_trained(path)

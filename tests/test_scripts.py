@@ -175,7 +175,7 @@ def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:
     srun = tmp_path / 'srun'
     srun.write_text("""#!/usr/bin/env bash
 shift
-export SLURM_NTASKS=2 MASTER_ADDR=127.0.0.1
+export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 MASTER_ADDR=127.0.0.1
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
 wait $first && wait $second

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing.process
 import os
 import random
 import shutil
@@ -98,6 +99,7 @@ def start(case: Case, folder: Path, *more: str, first: Callable[[], object] = in
                     os.dup2(file.fileno(), 2)
                 sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
                 torch.set_num_threads(1)
+                multiprocessing.process._children.clear()  # type: ignore[attr-defined]  # the parent's
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
                 first()

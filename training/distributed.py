@@ -111,7 +111,7 @@ def find_process(env: Mapping[str, str], *, world_size: int = 1, local_rank: int
             local = int(env.get('LOCAL_RANK', local_rank))
             local_size = int(env.get('LOCAL_WORLD_SIZE', 1))
             return Process(int(env['RANK']), int(env['WORLD_SIZE']), local, local_size, 'torchrun')
-        tasks = int(env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1)))
+        tasks = int(env.get('SLURM_STEP_NUM_TASKS', 1))  # srun's; a job's own script runs in none of its steps
         if 'SLURM_PROCID' in env and tasks > 1:
             return Process(int(env['SLURM_PROCID']), tasks, int(env.get('SLURM_LOCALID', 0)), 1, 'slurm')
     except ValueError as err:
