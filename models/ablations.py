@@ -1,8 +1,8 @@
 """What the paper's ablations put in the place of DHVT's modules: ViT's own ones, and steps from those to DAFF.
 
-`create_model` builds a variant of dhvt.py with the options of `choose_layers` and with `pos_embed`; main.py does so
-for `--model-kwargs`. With 'patch', 'plain', 'mlp' and a position embedding the model is DeiT: equal keys,
-equal outputs. tools/ablate.py says which options make which row of the paper's tables.
+`create_model` builds a DHVT with the options of `AblatedDHVT`; main.py does so for `--model-kwargs`. With 'patch',
+'plain', 'mlp' and a position embedding the model is DeiT: equal keys, equal outputs. tools/ablate.py says which options
+make which row of the paper's tables.
 
 Shapes as in dhvt.py.
 """
@@ -29,30 +29,33 @@ from .dhvt import (
 )
 from .distilled import DistilledDHVT
 
-__all__ = ['FeedForward', 'PatchEmbed', 'PlainAttention', 'SplitFeedForward', 'choose_layers', 'create_model']
+__all__ = ['AblatedDHVT', 'AblatedDistilledDHVT', 'create_model']
+
+OPTIONS: dict[str, tuple[Any, ...]] = {  # of AblatedDHVT, and their values
+    'stem': ('sope', 'no-affine', 'patch'),
+    'attention': ('head', 'plain'),
+    'feed_forward': ('daff', 'mlp', 'split', 'pool'),
+    'stem_norm': ('batch', 'layer'),
+    'aggregation': ('class', 'all', 'none'),
+    'shortcut': (True, False),
+    'feed_forward_norm': ('batch', 'layer'),
+    'pos_embed': ('none', 'learn'),
+}
 
 # By position and channel-wise, as ConvNeXt's; eps 1e-6 as the model's other LayerNorms.
 NORMS: dict[str, Callable[[int], nn.Module]] = {'batch': nn.BatchNorm2d, 'layer': partial(LayerNorm2d, eps=1e-6)}
 
 
 class PatchEmbed(SequentialOverlapPatchEmbed):
-    """ViT's stem: one convolution of kernel and stride P. An image (B, C, H, W) to (B, N, D) and their grid.
+    """ViT's stem: one convolution of kernel and stride P, any P that divides the image's height and width."""
 
-    Raises:
-        ValueError: if the patch size does not divide the image's height and width.
-    """
-
-    def __init__(
-        self, *, img_size: int | tuple[int, int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 192
-    ) -> None:
+    def __init__(self, *, img_size: int | tuple[int, int], patch_size: int, in_chans: int, embed_dim: int) -> None:
         nn.Module.__init__(self)
         if patch_size < 1:
             raise ValueError(f'patch_size must be at least 1, not {patch_size}')
         self.patch_size = patch_size
         self.set_input_size(img_size)
-        self.proj = nn.Conv2d(  # type: ignore[assignment]
-            in_chans, embed_dim, kernel_size=patch_size, stride=patch_size
-        )
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)  # type: ignore[assignment]
         self.pre_affine = self.post_affine = nn.Identity()  # type: ignore[assignment]
 
 
@@ -65,9 +68,9 @@ class NoAffineEmbed(SequentialOverlapPatchEmbed):
 
 
 class PlainAttention(SelfAttention):
-    """ViT's self-attention, without head tokens. Maps (B, 1+N, D) to the same shape; `proj_drop` acts on the result."""
+    """ViT's self-attention, without head tokens, (B, 1+N, D) to the same shape."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return self.proj_drop(self.attend(x))
 
 
@@ -120,7 +123,6 @@ class SplitFeedForward(_Aggregation):
     the class token.
 
     Args:
-        aggregation: DAFF's channel weights on nothing ('none'), the class token ('class'), or every token ('all').
         pool: the mean of each 3x3 patches between the two linear layers, where DAFF has its depthwise convolution.
         shortcut: around that mean.
     """
@@ -130,10 +132,10 @@ class SplitFeedForward(_Aggregation):
         *,
         dim: int,
         hidden_dim: int,
+        aggregation: str,
+        shortcut: bool,
+        pool: bool,
         num_prefix_tokens: int = 1,
-        aggregation: str = 'none',
-        pool: bool = False,
-        shortcut: bool = True,
     ) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
@@ -155,22 +157,47 @@ class SplitFeedForward(_Aggregation):
         return self.aggregate(prefix, self.fc2(x))
 
 
-def _check(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value is not None and (type(value) is not type(allowed[0]) or value not in allowed):
-        raise ValueError(f'{name} must be {" or ".join(map(repr, allowed))}, not {value!r}')
+def _check(options: dict[str, Any]) -> None:
+    for name, allowed in OPTIONS.items():
+        value = options.get(name)
+        if value is not None and (type(value) is not type(allowed[0]) or value not in allowed):
+            raise ValueError(f'{name} must be {" or ".join(map(repr, allowed))}, not {value!r}')
+    stem, feed_forward = options.get('stem'), options.get('feed_forward') or 'daff'
+    for name, needs, has in (
+        ('stem_norm', "stem='sope'", stem != 'patch'),
+        ('shortcut', "feed_forward='daff' or 'pool'", feed_forward in ('daff', 'pool')),
+        ('feed_forward_norm', "feed_forward='daff'", feed_forward == 'daff'),
+    ):
+        if options.get(name) is not None and not has:
+            raise ValueError(f'{name}={options[name]!r} needs {needs}')
+    aggregation = options.get('aggregation')
+    if feed_forward == 'mlp' and aggregation not in (None, 'none'):
+        raise ValueError(f"aggregation={aggregation!r} needs the class token split off: feed_forward='split'")
 
 
-def choose_layers(
-    *,
-    stem: str = 'sope',
-    stem_norm: str | None = None,
-    attention: str = 'head',
-    feed_forward: str = 'daff',
-    aggregation: str | None = None,
-    shortcut: bool | None = None,
-    feed_forward_norm: str | None = None,
-) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module], Callable[..., nn.Module]]:
-    """The stem, the attention and the feed-forward of a model, as DHVT takes them.
+def choose_layers(options: dict[str, Any]) -> dict[str, Callable[..., nn.Module]]:
+    """The stem, the attention and the feed-forward that options of `AblatedDHVT` ask for, as DHVT takes them."""
+    _check(options)
+    stem = options.get('stem')
+    embed_layer: Callable[..., nn.Module] = PatchEmbed
+    if stem != 'patch':
+        embed_layer = NoAffineEmbed if stem == 'no-affine' else SequentialOverlapPatchEmbed
+        embed_layer = partial(embed_layer, norm_layer=NORMS[options.get('stem_norm') or 'batch'])
+    feed_forward = options.get('feed_forward') or 'daff'
+    aggregation, shortcut = options.get('aggregation'), options.get('shortcut') is not False
+    mlp_layer: Callable[..., nn.Module] = FeedForward
+    if feed_forward == 'daff':
+        norm = NORMS[options.get('feed_forward_norm') or 'batch']
+        mlp_layer = partial(OtherDAFF, norm_layer=norm, aggregation=aggregation or 'class', shortcut=shortcut)
+    elif feed_forward != 'mlp':
+        pool = feed_forward == 'pool'
+        mlp_layer = partial(SplitFeedForward, pool=pool, aggregation=aggregation or 'none', shortcut=shortcut)
+    attn_layer = PlainAttention if options.get('attention') == 'plain' else HeadInteractedAttention
+    return {'embed_layer': embed_layer, 'attn_layer': attn_layer, 'mlp_layer': mlp_layer}
+
+
+class AblatedDHVT(DHVT):
+    """DHVT with other modules, or with DeiT's position embedding. An option that is None leaves the paper's model.
 
     Args:
         stem: 'sope'; 'no-affine', which is SOPE without its two affines; 'patch', ViT's.
@@ -182,65 +209,17 @@ def choose_layers(
             'class' if None, 'split' and 'pool' have 'none', and an 'mlp' can have nothing else.
         shortcut: around DAFF's depthwise convolution or around the pooling; True if None.
         feed_forward_norm: DAFF's norms: 'batch', or 'layer' as in the stem.
+        pos_embed: 'none', or 'learn': one for each token, which ties the model to `img_size`.
+        **kwargs: DHVT's.
 
     Raises:
         ValueError: for another value, or an option of a module that the model would not have.
     """
-    _check('stem', stem, ('sope', 'no-affine', 'patch'))
-    _check('attention', attention, ('head', 'plain'))
-    _check('feed_forward', feed_forward, ('daff', 'mlp', 'split', 'pool'))
-    _check('stem_norm', stem_norm, ('batch', 'layer'))
-    _check('aggregation', aggregation, ('class', 'all', 'none'))
-    _check('shortcut', shortcut, (True, False))
-    _check('feed_forward_norm', feed_forward_norm, ('batch', 'layer'))
-    for name, value, needs, given in (
-        ('stem_norm', stem_norm, "stem='sope'", stem == 'patch'),
-        ('shortcut', shortcut, "feed_forward='daff' or 'pool'", feed_forward in ('mlp', 'split')),
-        ('feed_forward_norm', feed_forward_norm, "feed_forward='daff'", feed_forward != 'daff'),
-    ):
-        if value is not None and given:
-            raise ValueError(f'{name}={value!r} needs {needs}')
-    if feed_forward == 'mlp' and aggregation not in (None, 'none'):
-        raise ValueError(f"aggregation={aggregation!r} needs the class token split off: feed_forward='split'")
 
-    embed_layer: Callable[..., nn.Module] = PatchEmbed
-    if stem != 'patch':
-        norm = NORMS[stem_norm or 'batch']
-        embed_layer = partial(NoAffineEmbed if stem == 'no-affine' else SequentialOverlapPatchEmbed, norm_layer=norm)
-    attn_layer: Callable[..., nn.Module] = HeadInteractedAttention if attention == 'head' else PlainAttention
-    mlp_layer: Callable[..., nn.Module] = FeedForward
-    if feed_forward == 'daff':
-        mlp_layer = partial(
-            OtherDAFF,
-            norm_layer=NORMS[feed_forward_norm or 'batch'],
-            aggregation=aggregation or 'class',
-            shortcut=shortcut is not False,
-        )
-    elif feed_forward != 'mlp':
-        mlp_layer = partial(
-            SplitFeedForward,
-            pool=feed_forward == 'pool',
-            aggregation=aggregation or 'none',
-            shortcut=shortcut is not False,
-        )
-    return embed_layer, attn_layer, mlp_layer
-
-
-class _Ablated(DHVT):
-    """DHVT with the modules of `choose_layers`, and with DeiT's position embedding if that is asked for.
-
-    Args:
-        pos_embed: 'none', or 'learn': one for each token, which ties the model to `img_size`.
-
-    Raises:
-        ValueError: for options that make no model.
-    """
-
-    def __init__(self, *, pos_embed: str | None = None, options: dict[str, Any], **kwargs: Any) -> None:
-        _check('pos_embed', pos_embed, ('none', 'learn'))
-        embed_layer, attn_layer, mlp_layer = choose_layers(**options)
-        super().__init__(**{'embed_layer': embed_layer, 'attn_layer': attn_layer, 'mlp_layer': mlp_layer, **kwargs})
-        self.has_positions = pos_embed == 'learn'
+    def __init__(self, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        super().__init__(**{**kwargs, **choose_layers(options)})
+        self.has_positions = options.get('pos_embed') == 'learn'
         if self.has_positions:
             num_patches: int = self.patch_embed.num_patches  # type: ignore[assignment]
             self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + num_patches, self.embed_dim))
@@ -266,26 +245,12 @@ class _Ablated(DHVT):
         return tokens + self.pos_embed if self.has_positions else tokens, grid
 
 
-class AblatedDHVT(_Ablated):
-    """An ablation of DHVT."""
-
-
-class AblatedDistilledDHVT(_Ablated, DistilledDHVT):
-    """An ablation of the distilled model."""
-
-
-OPTIONS = ('stem', 'stem_norm', 'attention', 'feed_forward', 'aggregation', 'shortcut', 'feed_forward_norm')
+class AblatedDistilledDHVT(DistilledDHVT, AblatedDHVT):
+    """The distilled model with the options of `AblatedDHVT`."""
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """timm's `create_model`, whose arguments for a DHVT may also be those of `choose_layers` and `pos_embed`.
-
-    None leaves the paper's module.
-    """
-    asked = {key: kwargs[key] for key in (*OPTIONS, 'pos_embed') if kwargs.get(key) is not None}
-    if not name.startswith('dhvt_') or not asked:
-        return timm.create_model(name, **{key: value for key, value in kwargs.items() if value is not None})
-    kwargs = {key: value for key, value in kwargs.items() if key not in (*OPTIONS, 'pos_embed')}
-    model_cls = AblatedDistilledDHVT if name.endswith('_distilled') else AblatedDHVT
-    pos_embed = asked.pop('pos_embed', None)
-    return timm.create_model(name, model_cls=model_cls, pos_embed=pos_embed, options=asked, **kwargs)
+    """timm's `create_model`, whose arguments for a DHVT may also be the options of `AblatedDHVT`."""
+    if name.startswith('dhvt_') and any(kwargs.get(option) is not None for option in OPTIONS):
+        kwargs['model_cls'] = AblatedDistilledDHVT if name.endswith('_distilled') else AblatedDHVT
+    return timm.create_model(name, **kwargs)

@@ -5,11 +5,12 @@ Datasets", NeurIPS 2022, https://arxiv.org/abs/2210.05958. Where the paper and i
 followed, because its numbers were made with it; such a place is marked "published code". Checkpoints of the published
 code load with `strict=True`.
 
-The file needs torch, timm and einops only, so it can be copied into another project as it is. distilled.py adds a
-distillation token, ablations.py has what the paper's ablations put in the place of its modules.
+The file needs torch, timm and einops only and can be copied alone. distilled.py adds a distillation token, ablations.py
+has what the paper's ablations put in the place of its modules.
 
 Shapes: B batch, C image channels, H and W the image's height and width, P patch size, N = (H/P)(W/P) patch tokens,
-D embedding width, h heads, d = D/h, T = 1+N+h tokens in attention.
+D embedding width, h heads, d = D/h, T = 1+N+h tokens in attention. The first of 1+N tokens is the class token; where
+there are more prefix tokens, each is treated as it is.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, to_2tuple, trunc_normal_, use_fused_attn
+from timm.layers import Attention, DropPath, global_pool_nlc, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -107,38 +107,21 @@ class SequentialOverlapPatchEmbed(nn.Module):
         return rearrange(x, 'b d h w -> b (h w) d'), grid  # (B, N, D)
 
 
-class SelfAttention(nn.Module):
-    """ViT's self-attention of any tokens, without its last dropout.
+class SelfAttention(Attention):
+    """timm's self-attention in two parts: `attend`, and the last dropout, which subclasses apply in `forward`.
 
     Raises:
         ValueError: if the number of heads does not divide the width.
     """
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        num_heads: int = 3,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        num_prefix_tokens: int = 1,
-    ) -> None:
-        super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
+    def __init__(self, *, dim: int, num_heads: int = 3, num_prefix_tokens: int = 1, **kwargs: Any) -> None:
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'embedding width {dim} is not divisible by {num_heads} heads')
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5
-        self.fused_attn = use_fused_attn()
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        super().__init__(dim, num_heads, **{'qkv_bias': True, **kwargs})
+        self.num_prefix_tokens = num_prefix_tokens
 
     def attend(self, x: Tensor) -> Tensor:
-        """Self-attention of any tokens, (B, T, D) -> (B, T, D)."""
+        """Any tokens (B, T, D) to the same shape."""
         q, k, v = rearrange(self.qkv(x), 'b t (qkv h d) -> qkv b h t d', qkv=3, h=self.num_heads)
         # On CPUs the fused kernel's backward is several times slower than the plain products.
         if self.fused_attn and not (x.device.type == 'cpu' and torch.is_grad_enabled()):
@@ -146,7 +129,7 @@ class SelfAttention(nn.Module):
         else:
             attn = (q @ k.transpose(-2, -1)) * self.scale  # (B, h, T, T)
             x = self.attn_drop(attn.softmax(dim=-1)) @ v  # (B, h, T, d)
-        return self.proj(rearrange(x, 'b h t d -> b t (h d)'))
+        return self.proj(rearrange(x, 'b h t d -> b t (h d)'))  # (B, T, D)
 
 
 class HeadInteractedAttention(SelfAttention):
@@ -154,8 +137,7 @@ class HeadInteractedAttention(SelfAttention):
 
     A head token is a projection of that head's share of the mean token. The h of them attend and are attended to
     beside the class and patch tokens; afterwards their mean is added to the class token and they are dropped.
-    Maps (B, 1+N, D), the class token first, to the same shape. `proj_drop` acts on the result. Any distillation token
-    after the class token is treated as that is.
+    Maps (B, 1+N, D) to the same shape.
     """
 
     def __init__(self, *, dim: int, **kwargs: Any) -> None:
@@ -172,7 +154,7 @@ class HeadInteractedAttention(SelfAttention):
         heads = rearrange(self.ht_proj(heads), 'b h (g d) -> b h g d', g=self.num_heads)  # (B, h, h, d)
         return rearrange(self.act(self.ht_norm(heads)), 'b h g d -> b h (g d)') + self.pos_embed  # (B, h, D)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         num_patches = x.shape[1] - self.num_prefix_tokens
         x = self.attend(torch.cat([x, self.head_tokens(x)], dim=1))  # (B, 1+N+h, D)
         prefix, patches, heads = x.split([self.num_prefix_tokens, num_patches, self.num_heads], dim=1)
@@ -180,15 +162,10 @@ class HeadInteractedAttention(SelfAttention):
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution of tokens, (B, N, in) -> (B, N, out): the matrix product that it is, without a map's layout.
+    """A 1x1 convolution of tokens, (B, N, in) -> (B, N, out), with a convolution's parameters, as a matrix product.
 
-    Its parameters are named, shaped and initialised as a convolution's. In float32 on CPUs it is computed as one, too:
-    PyTorch's convolutions are up to a fifth faster there than its matrix products, which a library for other
-    processors may compute.
+    In float32 on CPUs PyTorch's convolutions are up to a fifth faster than its matrix products, so it is one there.
     """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu'):
@@ -201,8 +178,7 @@ class DynamicAggregationFeedForward(nn.Module):
     """DAFF: a convolutional feed-forward on the patch tokens that re-calibrates the class token. Paper §3.2, eqs. 4, 5.
 
     The class token passes by the convolutions and is multiplied by channel weights made from the mean of the patch
-    tokens that leave them. Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape. Any distillation token
-    after the class token is treated as that is.
+    tokens that leave them. Maps (B, 1+N, D) on a grid of (H/P, W/P) patches to the same shape.
     """
 
     def __init__(
@@ -216,11 +192,11 @@ class DynamicAggregationFeedForward(nn.Module):
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
         # Published code: all three convolutions have a bias, though a norm follows each.
-        self.conv1 = PointwiseConv(dim, hidden_dim)
+        self.conv1 = PointwiseConv(dim, hidden_dim, kernel_size=1)
         self.bn1 = norm_layer(hidden_dim)
         self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
         self.bn2 = norm_layer(hidden_dim)
-        self.conv3 = PointwiseConv(hidden_dim, dim)
+        self.conv3 = PointwiseConv(hidden_dim, dim, kernel_size=1)
         self.bn3 = norm_layer(dim)
         self.act = nn.GELU()
         self.make_aggregation(dim)
@@ -279,22 +255,20 @@ class DHVTBlock(nn.Module):
 @contextmanager
 def _keep_statistics(module: nn.Module) -> Iterator[None]:
     """The BatchNorms of a module update copies of their running statistics, which are then dropped."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    kept = [dict(norm._buffers) for norm in norms]
-    for norm, buffers in zip(norms, kept, strict=True):
-        norm._buffers.update({name: None if old is None else old.clone() for name, old in buffers.items()})
+    kept = [(norm._buffers, dict(norm._buffers)) for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    for buffers, originals in kept:
+        buffers.update({name: None if old is None else old.clone() for name, old in originals.items()})
     try:
         yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
+        for buffers, originals in kept:
+            buffers.update(originals)
 
 
 class DHVT(nn.Module):
     """The whole model: stem, class token, encoder blocks, norm, linear head. There is no absolute position embedding.
 
-    `forward` maps images (B, C, H, W) to logits (B, num_classes), for any H and W that the patch size divides,
-    whatever `img_size` was.
+    Maps images (B, C, H, W) to logits (B, num_classes), for any H and W that the patch size divides.
 
     Args:
         img_size: the expected image size in pixels, one number or (height, width); only checked and remembered.
@@ -349,14 +323,22 @@ class DHVT(nn.Module):
 
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        layers: dict[str, Any] = {'norm_layer': norm_layer, 'attn_layer': attn_layer, 'mlp_layer': mlp_layer}
-        layers |= {'num_heads': num_heads, 'qkv_bias': qkv_bias, 'attn_drop': attn_drop_rate, 'proj_drop': drop_rate}
-        layers |= {'mlp_ratio': mlp_ratio, 'num_prefix_tokens': self.num_prefix_tokens}
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(DHVTBlock(dim=embed_dim, drop_path=rate, **layers) for rate in rates)
-        self.feature_info = [
-            {'num_chs': embed_dim, 'reduction': patch_size, 'module': f'blocks.{i}'} for i in range(depth)
-        ]
+        block = partial(
+            DHVTBlock,
+            dim=embed_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            proj_drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            norm_layer=norm_layer,
+            attn_layer=attn_layer,
+            mlp_layer=mlp_layer,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+        self.blocks = nn.ModuleList(block(drop_path=drop_path_rate * i / max(depth - 1, 1)) for i in range(depth))
+        shape = {'num_chs': embed_dim, 'reduction': patch_size}
+        self.feature_info = [{**shape, 'module': f'blocks.{i}'} for i in range(depth)]
         self.norm = norm_layer(embed_dim)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -413,11 +395,7 @@ class DHVT(nn.Module):
         return head.to(device=old.device, dtype=old.dtype)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Declares another image size, in pixels. Nothing has to be resampled: no parameter depends on it.
-
-        Raises:
-            ValueError: if the patch size does not divide it.
-        """
+        """Declares another image size, in pixels; ValueError if the patch size does not divide it."""
         self.patch_embed.set_input_size(img_size)  # type: ignore[operator]
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
@@ -430,14 +408,14 @@ class DHVT(nn.Module):
         return self.cls_token
 
     def _block(self, block: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
-            if torch.compiler.is_compiling():  # which updates running statistics once, and takes no such contexts
-                return checkpoint(block, x, grid, use_reentrant=False)
-            # The recomputation must not update BatchNorm's running statistics a second time.
-            return checkpoint(
-                block, x, grid, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_statistics(block))
-            )
-        return block(x, grid)
+        if not self.grad_checkpointing or not torch.is_grad_enabled() or torch.jit.is_scripting():
+            return block(x, grid)
+        if torch.compiler.is_compiling():  # which updates running statistics once, and takes no such contexts
+            return checkpoint(block, x, grid, use_reentrant=False)
+        # The recomputation must not update BatchNorm's running statistics a second time.
+        return checkpoint(
+            block, x, grid, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_statistics(block))
+        )
 
     def forward_intermediates(
         self,
@@ -460,9 +438,7 @@ class DHVT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x, grid = self._tokens(x)
         taken = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > max_index:
-                break
+        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = self._block(block, x, grid)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
@@ -476,14 +452,13 @@ class DHVT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the blocks after the last of `indices`, and the head, for use as a feature extractor."""
+        """Removes the blocks after the last of `indices`, and all heads, for use as a feature extractor."""
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.num_classes = 0
-            self.head = nn.Identity()
+            self.reset_classifier(0)
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -495,10 +470,7 @@ class DHVT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1+N, D) -> logits (B, num_classes), or with `pre_logits` the pooled features (B, D)."""
-        if self.global_pool == 'token':
-            x = x[:, 0]
-        elif self.global_pool == 'avg':
-            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+        x = global_pool_nlc(x, self.global_pool, self.num_prefix_tokens)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -506,16 +478,11 @@ class DHVT(nn.Module):
 
 
 def _cfg(*, img_size: int = 224, num_classes: int, **_: int) -> dict[str, Any]:
-    return {
+    return {  # mean, std and interpolation are timm's defaults: ImageNet's, bicubic
         'url': '',
         'num_classes': num_classes,
         'input_size': (3, img_size, img_size),
-        'pool_size': None,
         'crop_pct': 0.875 if img_size > 32 else 1.0,
-        'interpolation': 'bicubic',
-        'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'patch_embed.proj.0.0',
         'classifier': 'head',
         'license': 'apache-2.0',
@@ -540,13 +507,9 @@ default_cfgs = generate_default_cfgs({name: _cfg(**sizes) for name, sizes in _VA
 
 def create_dhvt(variant: str, pretrained: bool = False, *, model_cls: type[DHVT] = DHVT, **kwargs: Any) -> DHVT:
     """A variant of the table, or what a subclass makes of it; `kwargs` are the constructor's."""
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
-        **{**_VARIANTS[variant.removesuffix('_distilled')], **kwargs},
-    )
+    features = {'out_indices': 3, 'feature_cls': 'getter'}
+    sizes = _VARIANTS[variant.removesuffix('_distilled')]
+    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=features, **{**sizes, **kwargs})
 
 
 @register_model

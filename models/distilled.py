@@ -5,6 +5,7 @@ This project's own: the paper has no distilled model.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ __all__ = ['DistilledDHVT']
 class DistilledDHVT(DHVT):
     """DHVT with a distillation token after the class token and a head on it, as DeiT (Touvron et al. 2021) has them.
 
-    Attention and feed-forward treat both tokens alike. After
-    `set_distilled_training()`, `forward` gives the logits of both heads in training mode, and otherwise their mean.
+    Attention and feed-forward treat both tokens alike. After `set_distilled_training()`, `forward` gives the logits of
+    both heads in training mode, and otherwise their mean.
 
     Args:
         global_pool: 'token', and no other: the heads read the two tokens.
@@ -56,14 +57,6 @@ class DistilledDHVT(DHVT):
         super().reset_classifier(num_classes, global_pool)
         self.head_dist = self._new_head()
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes the blocks after the last of `indices`, and the heads, for use as a feature extractor."""
-        if prune_head:
-            self.reset_classifier(0)
-        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
-
     def _prefix_tokens(self) -> Tensor:
         return torch.cat([self.cls_token, self.dist_token], dim=1)
 
@@ -85,53 +78,52 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def create_distilled(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> DHVT:
-    return create_dhvt(variant, pretrained, **{'model_cls': DistilledDHVT, **kwargs})
+_create = partial(create_dhvt, model_cls=DistilledDHVT)
 
 
 @register_model
 def dhvt_tiny_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T, patch 4, 32 px, with a distillation token."""
-    return create_distilled('dhvt_tiny_cifar_patch4_distilled', pretrained, kwargs)
+    return _create('dhvt_tiny_cifar_patch4_distilled', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_small_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S, patch 4, 32 px, with a distillation token."""
-    return create_distilled('dhvt_small_cifar_patch4_distilled', pretrained, kwargs)
+    return _create('dhvt_small_cifar_patch4_distilled', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_tiny_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T, patch 2, 32 px, with a distillation token."""
-    return create_distilled('dhvt_tiny_cifar_patch2_distilled', pretrained, kwargs)
+    return _create('dhvt_tiny_cifar_patch2_distilled', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_small_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S, patch 2, 32 px, with a distillation token."""
-    return create_distilled('dhvt_small_cifar_patch2_distilled', pretrained, kwargs)
+    return _create('dhvt_small_cifar_patch2_distilled', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_tiny_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T for DomainNet, patch 16, 224 px, with a distillation token."""
-    return create_distilled('dhvt_tiny_domain_patch16_distilled', pretrained, kwargs)
+    return _create('dhvt_tiny_domain_patch16_distilled', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_small_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S for DomainNet, patch 16, 224 px, with a distillation token."""
-    return create_distilled('dhvt_small_domain_patch16_distilled', pretrained, kwargs)
+    return _create('dhvt_small_domain_patch16_distilled', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_tiny_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-T for ImageNet, patch 16, 224 px, with a distillation token."""
-    return create_distilled('dhvt_tiny_imagenet_patch16_distilled', pretrained, kwargs)
+    return _create('dhvt_tiny_imagenet_patch16_distilled', pretrained, **kwargs)
 
 
 @register_model
 def dhvt_small_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
     """DHVT-S for ImageNet, patch 16, 224 px, with a distillation token."""
-    return create_distilled('dhvt_small_imagenet_patch16_distilled', pretrained, kwargs)
+    return _create('dhvt_small_imagenet_patch16_distilled', pretrained, **kwargs)
