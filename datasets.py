@@ -1,29 +1,18 @@
-"""The table of data sets, and their transforms."""
+"""The table of data sets, and the splits of one with their class map."""
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from pipeline.images import ImageDataset, PackedStrings, Transform
-from pipeline.layouts import (
-    Layout,
-    Split,
-    find_folders,
-    find_inaturalist,
-    find_listed,
-    find_lists,
-    has_folders,
-    note_lacking,
-)
+from pipeline.file_dataset import ArrayDataset, FileDataset
+from pipeline.images import ImageDataset, Transform
+from pipeline.layouts import Layout, find_folders, find_inaturalist, find_listed, find_lists, has_folders, note_lacking
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from utils import InputError, UsageError, one_line, shorten
 
@@ -74,60 +63,6 @@ def find_name(name: str) -> str:
     raise ValueError(f'unknown data set {name!r}; known are {", ".join(DATA_SETS)}')
 
 
-class FileDataset(ImageDataset):
-    """Images that are files below a folder."""
-
-    def __init__(
-        self, split: Split, classes: Sequence[str], transform: Transform | None = None, *, on_bad_image: str = 'stop'
-    ) -> None:
-        self.root = str(split.root)
-        self._paths = PackedStrings(split.paths)
-        labels = np.array(split.targets, dtype=np.int64)
-        super().__init__(labels, classes, transform, on_bad_image=on_bad_image)
-
-    def _name(self, position: int) -> str:
-        return self._paths[position]
-
-    def _path(self, position: int) -> str:
-        return os.path.join(self.root, self._paths[position])  # noqa: PTH118  ten times as fast as pathlib
-
-    def _raw(self, position: int) -> bytes:
-        with open(self._path(position), 'rb') as file:
-            return file.read()
-
-    def file_size(self, index: int) -> int:
-        return Path(self.path(index)).stat().st_size
-
-
-class ArrayDataset(ImageDataset):
-    """Images that are held in memory.
-
-    Args:
-        images: uint8, (n, H, W, 3), or (n, H, W) if grey.
-        targets: class indices, (n,).
-    """
-
-    def __init__(
-        self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], transform: Transform | None = None
-    ) -> None:
-        self.images = images
-        super().__init__(np.array(targets, dtype=np.int64), classes, transform)
-
-    def _content(self) -> bytes:
-        return np.ascontiguousarray(self.images).tobytes()
-
-    def _name(self, position: int) -> str:
-        return f'{self.classes[self._labels()[position]]}/{position:06d}.png'
-
-    def _image(self, position: int) -> Image.Image:
-        return Image.fromarray(self.images[position]).convert('RGB')
-
-    def _raw(self, position: int) -> bytes:
-        file = io.BytesIO()
-        Image.fromarray(self.images[position]).save(file, 'PNG')
-        return file.getvalue()
-
-
 def load_digits(*, train: bool, transform: Transform | None = None) -> ArrayDataset:
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels in 10 classes, 1,437 train and 360 val.
 
@@ -149,7 +84,7 @@ def load_digits(*, train: bool, transform: Transform | None = None) -> ArrayData
     return ArrayDataset(images, digits.target[chosen], [str(digit) for digit in range(10)], transform)
 
 
-def _load_cifar(name: str, root: Path, *, train: bool, transform: Transform | None) -> ArrayDataset:
+def _load_cifar(name: str, root: Path, *, train: bool) -> ArrayDataset:
     cls = CIFAR10 if name == 'CIFAR10' else CIFAR100
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -159,61 +94,7 @@ def _load_cifar(name: str, root: Path, *, train: bool, transform: Transform | No
         raise InputError(
             f'cannot get {cls.__name__} into {root}: {one_line(err)}. Download {cls.url} there by other means'
         ) from None
-    return ArrayDataset(loaded.data, loaded.targets, loaded.classes, transform)
-
-
-class Splits(NamedTuple):
-    """What `build_datasets` gives. `train` is None where only evaluation was asked for; `notes` are for the user."""
-
-    train: ImageDataset | None
-    val: ImageDataset
-    num_classes: int
-    notes: list[str]
-
-
-def _find_layout(name: str, root: Path, *, train: bool, data_layout: str, inat_category: str | None) -> Layout:
-    """Where the images of a data set of files lie."""
-    info = DATA_SETS[name]
-    if info.kind == 'inat':
-        return find_inaturalist(
-            root, year=2019 if name == 'INAT19' else 2018, category=inat_category or 'name', train=train
-        )
-    domain = name if info.kind == 'domain' else None
-    by_lists = data_layout != 'folder' and (domain is not None or name == 'FOLDER')
-    lists = find_lists(root, domain) if by_lists else None
-    folder = root / name if domain and not has_folders(root, train=train) else root
-    complete = lists is not None and lists.train.is_file() and lists.test.is_file()
-    if data_layout == 'auto' and not complete and has_folders(folder, train=train):
-        lists = None  # a list alone says nothing about the folders beside it
-    if lists is None:
-        if data_layout == 'lists':
-            wanted = domain or '<domain>'
-            raise InputError(f'{root} has no lists {wanted}_train.txt and {wanted}_test.txt')
-        if domain and not has_folders(folder, train=train):
-            raise InputError(
-                f'{root} has neither the lists {domain}_train.txt and {domain}_test.txt beside {domain}/, nor folders '
-                'train/ and val/: give the folder that DomainNet was unpacked into with --data-path'
-            )
-        return find_folders(folder, train=train)
-    layout = find_listed(lists, train=train)
-    if data_layout == 'auto' and has_folders(folder, train=train):
-        layout.notes.append(
-            f'{folder} has folders train/ and val/, and {lists.root} has lists: the lists are used, '
-            'with --data-layout folder the folders'
-        )
-    return layout
-
-
-def _open_lmdb(
-    path: Path, name: str, inat_category: str | None, verify: bool, options: dict[str, Any]
-) -> ImageFolderLMDB:
-    """A split's LMDB file, if it holds the data set of this name."""
-    dataset = ImageFolderLMDB(path, verify=verify, **options)
-    if 'FOLDER' not in (name, dataset.data_set) and dataset.data_set != name:
-        raise InputError(f'{path} holds {dataset.data_set}, not {name}')
-    if inat_category not in (None, dataset.inat_category):
-        raise InputError(f'{path} has the labels of {dataset.inat_category}, not of {inat_category}')
-    return dataset
+    return ArrayDataset(loaded.data, loaded.targets, loaded.classes)
 
 
 def stratified_part(targets: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
@@ -238,104 +119,179 @@ def stratified_part(targets: np.ndarray, fraction: float, *, seed: int) -> np.nd
     return np.sort(order[taken[: max(round(fraction * len(targets)), 1)]])
 
 
+@dataclass(frozen=True)
+class DataSource:
+    """Where a data set lies, and how it is read.
+
+    Args:
+        name: a row of `DATA_SETS`.
+        path: the data set's folder, or where torchvision puts CIFAR; DIGITS needs none. With `use_lmdb`, the folder of
+            train.lmdb and val.lmdb.
+        layout: 'lists', 'folder', or 'auto', which prefers lists, for DomainNet and FOLDER.
+        inat_category: the level that iNaturalist's labels are of, 'name' by default.
+        use_lmdb, verify: read LMDB files; compare each record with its checksum.
+
+    Raises:
+        UsageError: for an argument that means nothing for this data set.
+    """
+
+    name: str
+    path: str
+    layout: str = 'auto'
+    inat_category: str | None = None
+    use_lmdb: bool = False
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layout != 'auto' and (self.use_lmdb or (self.kind != 'domain' and self.name != 'FOLDER')):
+            raise UsageError(f'--data-layout {self.layout} is for image files of DomainNet and FOLDER')
+        if self.inat_category is not None and self.kind != 'inat':
+            raise UsageError(f'--inat-category {self.inat_category} is for INAT and INAT19, not {self.name}')
+        if self.verify and not self.use_lmdb:
+            raise UsageError('--verify-records needs --use-lmdb: only records have checksums')
+
+    @property
+    def kind(self) -> str:
+        return DATA_SETS[self.name].kind
+
+    def __str__(self) -> str:
+        return self.name if self.kind in ('digits', 'cifar') else self.path
+
+
+class Splits(NamedTuple):
+    """What `build_datasets` gives. `train` is None where only evaluation was asked for; `notes` are for the user."""
+
+    train: ImageDataset | None
+    val: ImageDataset
+    num_classes: int
+    notes: list[str]
+
+
+def _find_layout(source: DataSource, *, train: bool) -> Layout:
+    """Where the images of a data set of files lie."""
+    name, root = source.name, Path(source.path)
+    if source.kind == 'inat':
+        year = 2019 if name == 'INAT19' else 2018
+        return find_inaturalist(root, year=year, category=source.inat_category or 'name', train=train)
+    domain = name if source.kind == 'domain' else None
+    by_lists = source.layout != 'folder' and (domain is not None or name == 'FOLDER')
+    lists = find_lists(root, domain) if by_lists else None
+    folder = root / name if domain and not has_folders(root, train=train) else root
+    folders = has_folders(folder, train=train)
+    complete = lists is not None and lists.train.is_file() and lists.test.is_file()
+    if source.layout == 'auto' and folders and not complete:
+        lists = None  # a list alone says nothing about the folders beside it
+    if lists is None:
+        if source.layout == 'lists':
+            wanted = domain or '<domain>'
+            raise InputError(f'{root} has no lists {wanted}_train.txt and {wanted}_test.txt')
+        if domain and not folders:
+            raise InputError(
+                f'{root} has neither the lists {domain}_train.txt and {domain}_test.txt beside {domain}/, nor folders '
+                'train/ and val/: give the folder that DomainNet was unpacked into with --data-path'
+            )
+        return find_folders(folder, train=train)
+    layout = find_listed(lists, train=train)
+    if source.layout == 'auto' and folders:
+        layout.notes.append(
+            f'{folder} has folders train/ and val/, and {lists.root} has lists: the lists are used, '
+            'with --data-layout folder the folders'
+        )
+    return layout
+
+
+def _open_lmdb(source: DataSource, split: str, on_bad_image: str) -> ImageFolderLMDB:
+    """A split's LMDB file, if it holds the data set of this name."""
+    name, root = source.name, Path(source.path)
+    inside = (root / name / 'val.lmdb').exists() and not (root / 'val.lmdb').exists()
+    path = (root / name if inside else root) / f'{split}.lmdb'
+    dataset = ImageFolderLMDB(path, verify=source.verify, on_bad_image=on_bad_image)
+    if 'FOLDER' not in (name, dataset.data_set) and dataset.data_set != name:
+        raise InputError(f'{path} holds {dataset.data_set}, not {name}')
+    if source.inat_category not in (None, dataset.inat_category):
+        raise InputError(f'{path} has the labels of {dataset.inat_category}, not of {source.inat_category}')
+    return dataset
+
+
+def _open_splits(
+    source: DataSource, *, train: bool, skip_bad_images: bool
+) -> tuple[ImageDataset | None, ImageDataset, list[str]]:
+    """The splits as they lie there, and notes."""
+    in_train, in_val = ('next', 'leave out') if skip_bad_images else ('stop', 'stop')
+    if source.use_lmdb:
+        val_records = _open_lmdb(source, 'val', in_val)
+        train_records = _open_lmdb(source, 'train', in_train) if train else None
+        if train_records is not None and train_records.classes != val_records.classes:
+            folder = train_records.file.parent
+            raise InputError(f'{folder}: train.lmdb and val.lmdb have different classes: build them together')
+        opened = [records for records in (train_records, val_records) if records is not None]
+        notes = [note for r in opened for note in note_lacking(r.file, r.targets.tolist(), r.classes)]
+        return train_records, val_records, notes
+    if source.kind == 'digits':
+        return load_digits(train=True) if train else None, load_digits(train=False), []
+    if source.kind == 'cifar':
+        root = Path(source.path)
+        train_arrays = _load_cifar(source.name, root, train=True) if train else None
+        return train_arrays, _load_cifar(source.name, root, train=False), []
+    layout = _find_layout(source, train=train)
+    train_files = FileDataset(layout.train, layout.classes, on_bad_image=in_train) if layout.train else None
+    return train_files, FileDataset(layout.val, layout.classes, on_bad_image=in_val), layout.notes
+
+
+def _use_known_classes(source: DataSource, datasets: Sequence[ImageDataset], known: Sequence[str]) -> list[str]:
+    """Numbers the classes as a trained head does, if it has them all; gives notes."""
+    classes = datasets[0].classes
+    if list(known) == classes:
+        return []
+    others = [name for name in classes if name not in known]
+    if others:
+        return [f'{source} has classes that the checkpoint has not ({shorten(others)}): '
+                'labels are compared by their numbers']  # fmt: skip
+    for dataset in datasets:
+        dataset.relabel(known)
+    return [f"{source} numbers its classes otherwise than the checkpoint: the checkpoint's numbers are used"]
+
+
 def build_datasets(
-    name: str,
-    data_path: str,
+    source: DataSource,
     *,
     train: bool = True,
-    train_transform: Transform | None = None,
-    val_transform: Transform | None = None,
     num_classes: int | None = None,
-    data_layout: str = 'auto',
-    inat_category: str | None = None,
-    use_lmdb: bool = False,
-    verify_records: bool = False,
     skip_bad_images: bool = False,
     train_fraction: float = 1.0,
     train_fraction_seed: int = 0,
     known_classes: Sequence[str] | None = None,
 ) -> Splits:
-    """Builds a data set of the table with one class map for both splits.
+    """Builds a data set of the table with one class map for both splits. They give images; the loaders transform them.
 
     Args:
-        name: a row of `DATA_SETS`.
-        data_path: the data set's folder, or where torchvision puts CIFAR; DIGITS needs none. With `use_lmdb`, the
-            folder of train.lmdb and val.lmdb.
         train: whether the training split is needed.
-        train_transform, val_transform: from images to tensors (C, H, W).
         num_classes: the size of the model's head, where the user sets it.
-        data_layout: 'lists', 'folder', or 'auto', which prefers lists, for DomainNet and FOLDER.
-        inat_category: the level that iNaturalist's labels are of, 'name' by default.
-        use_lmdb, verify_records: read LMDB files; compare each record with its checksum.
         skip_bad_images: train with the next good image instead of stopping, and leave bad ones out of evaluation.
         train_fraction, train_fraction_seed: see `stratified_part`.
         known_classes: class names in the order of a trained head, which the labels then follow if it has them all.
 
     Raises:
         InputError: if the data is missing or has more classes than the head.
-        UsageError: for an argument that means nothing for this data set.
     """
-    info = DATA_SETS[name]
-    if data_layout != 'auto' and (use_lmdb or (info.kind != 'domain' and name != 'FOLDER')):
-        raise UsageError(f'--data-layout {data_layout} is for image files of DomainNet and FOLDER')
-    if inat_category is not None and info.kind != 'inat':
-        raise UsageError(f'--inat-category {inat_category} is for INAT and INAT19, not {name}')
-    if verify_records and not use_lmdb:
-        raise UsageError('--verify-records needs --use-lmdb: only records have checksums')
-    policies = ('next', 'leave out') if skip_bad_images else ('stop', 'stop')
-    train_options: dict[str, Any] = {'transform': train_transform, 'on_bad_image': policies[0]}
-    val_options: dict[str, Any] = {'transform': val_transform, 'on_bad_image': policies[1]}
-    root = Path(data_path)
-    notes: list[str] = []
-    train_split: ImageDataset | None = None
-    if use_lmdb:
-        folder = root / name if (root / name / 'val.lmdb').exists() and not (root / 'val.lmdb').exists() else root
-        val_split: ImageDataset = _open_lmdb(folder / 'val.lmdb', name, inat_category, verify_records, val_options)
-        if train:
-            train_split = _open_lmdb(folder / 'train.lmdb', name, inat_category, verify_records, train_options)
-            notes += note_lacking(folder / 'train.lmdb', train_split.targets.tolist(), train_split.classes)
-            if train_split.classes != val_split.classes:
-                raise InputError(f'{folder}: train.lmdb and val.lmdb have different classes: build them together')
-        notes += note_lacking(folder / 'val.lmdb', val_split.targets.tolist(), val_split.classes)
-    elif info.kind == 'digits':
-        train_split = load_digits(train=True, transform=train_transform) if train else None
-        val_split = load_digits(train=False, transform=val_transform)
-    elif info.kind == 'cifar':
-        train_split = _load_cifar(name, root, train=True, transform=train_transform) if train else None
-        val_split = _load_cifar(name, root, train=False, transform=val_transform)
-    else:
-        layout = _find_layout(name, root, train=train, data_layout=data_layout, inat_category=inat_category)
-        notes += layout.notes
-        train_split = FileDataset(layout.train, layout.classes, **train_options) if layout.train else None
-        val_split = FileDataset(layout.val, layout.classes, **val_options)
-
-    where = name if info.kind in ('digits', 'cifar') else data_path
+    info = DATA_SETS[source.name]
+    train_split, val_split, notes = _open_splits(source, train=train, skip_bad_images=skip_bad_images)
     if info.images is not None:
         for split, dataset, published in zip(('train', 'val'), (train_split, val_split), info.images, strict=True):
             if dataset is not None and len(dataset) != published:
-                notes.append(f'{where}: {len(dataset)} {split} images, {name} is published with {published}')
+                notes.append(f'{source}: {len(dataset)} {split} images, {source.name} is published with {published}')
     if train_fraction < 1 and train_split is not None:
         whole = len(train_split)
         train_split.select(stratified_part(train_split.targets, train_fraction, seed=train_fraction_seed))
         notes.append(f'{len(train_split)} of {whole} training images are used: --train-fraction {train_fraction}')
         notes += note_lacking('that part', train_split.targets.tolist(), train_split.classes)
-
-    if known_classes is not None and list(known_classes) != val_split.classes:
-        if set(val_split.classes) <= set(known_classes):
-            for dataset in filter(None, (train_split, val_split)):
-                dataset.relabel(known_classes)
-            notes.append(
-                f"{where} numbers its classes otherwise than the checkpoint: the checkpoint's numbers are used"
-            )
-        else:
-            others = [name for name in val_split.classes if name not in known_classes]
-            notes.append(f'{where} has classes that the checkpoint has not ({shorten(others)}): '
-                         'labels are compared by their numbers')  # fmt: skip
+    if known_classes is not None:
+        notes += _use_known_classes(source, [d for d in (val_split, train_split) if d is not None], known_classes)
     classes = val_split.classes
     head = num_classes or info.num_classes or len(classes)
     if len(classes) > head:
-        limit = f'--nb-classes {head} leaves room for' if num_classes else f'the {head} of {name}'
-        raise InputError(f'{where} has {len(classes)} classes, more than {limit}: set --nb-classes {len(classes)}')
+        limit = f'--nb-classes {head} leaves room for' if num_classes else f'the {head} of {source.name}'
+        raise InputError(f'{source} has {len(classes)} classes, more than {limit}: set --nb-classes {len(classes)}')
     if len(classes) < head:
-        notes.append(f'{where} has {len(classes)} classes; the head is made for {head}')
+        notes.append(f'{source} has {len(classes)} classes; the head is made for {head}')
     return Splits(train_split, val_split, head, notes)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from config.errors import one_line_errors
 from config.flags import FlagParser, add_data_flags, usable_workers
-from datasets import Splits, build_datasets
+from datasets import DataSource, Splits, build_datasets
 from pipeline.images import ImageDataset
 from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, VERSION, ImageFolderLMDB, _key, _reason
 from pipeline.workers import end_with_parent
@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(check_lmdb(Path(name), workers=workers), flush=True)
             return
         category = args.inat_category or ('name' if args.data_set in ('INAT', 'INAT19') else None)
-        splits = build_datasets(args.data_set, args.dir, data_layout=args.data_layout, inat_category=category)
+        splits = build_datasets(DataSource(args.data_set, args.dir, args.data_layout, category))
         for note in splits.notes:
             print(f'Note: {note}')
         build(

@@ -10,9 +10,9 @@ import torch
 
 from config.arguments import mixes_images
 from config.flags import usable_workers
-from datasets import DATA_SETS, Splits, build_datasets
+from datasets import DataSource, Splits, build_datasets
 from pipeline.augment import BatchedMixup
-from pipeline.loaders import TrainLoader, build_loaders
+from pipeline.loaders import LoaderOptions, TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
 from training.distributed import Process, in_turn
@@ -40,20 +40,20 @@ def load_splits(args: argparse.Namespace, process: Process, known_classes: Seque
     Args:
         known_classes: those of the checkpoint whose head is used, in its order.
     """
-    augmentation = find_augmentation(args)
-    downloads = DATA_SETS[args.data_set].kind == 'cifar' and not args.use_lmdb
+    source = DataSource(
+        args.data_set,
+        args.data_path,
+        layout=args.data_layout,
+        inat_category=args.inat_category,
+        use_lmdb=args.use_lmdb,
+        verify=args.verify_records,
+    )
+    downloads = source.kind == 'cifar' and not args.use_lmdb
     with in_turn(process) if downloads else nullcontext():
         return build_datasets(
-            args.data_set,
-            args.data_path,
+            source,
             train=not args.eval,
-            train_transform=augmentation.transform(train=True),
-            val_transform=augmentation.transform(train=False),
             num_classes=args.nb_classes,
-            data_layout=args.data_layout,
-            inat_category=args.inat_category,
-            use_lmdb=args.use_lmdb,
-            verify_records=args.verify_records,
             skip_bad_images=args.on_bad_image == 'skip',
             train_fraction=args.train_fraction,
             train_fraction_seed=args.train_fraction_seed,
@@ -98,13 +98,15 @@ def open_loaders(
         eval_batch_size=int(1.5 * args.batch_size),
         augmentation=find_augmentation(args),
         seed=args.seed,
-        augment=args.augment,
-        exact=args.augment_exact,
-        cache_gib=args.cache_gib,
-        device=device,
-        workers=usable_workers(args.num_workers, processes=process.local_world_size),
-        pin_memory=args.pin_mem,
-        timeout=args.timeout,
+        options=LoaderOptions(
+            device=device,
+            workers=usable_workers(args.num_workers, processes=process.local_world_size),
+            augment=args.augment,
+            exact=args.augment_exact,
+            cache_gib=args.cache_gib,
+            pin_memory=args.pin_mem,
+            timeout=args.timeout,
+        ),
     )
 
 

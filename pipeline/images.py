@@ -8,7 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -79,49 +79,13 @@ def decode(data: bytes | memoryview) -> Image.Image:
         raise ValueError(one_line(err)) from None
 
 
-T = TypeVar('T')
+def pack_names(names: Iterable[str]) -> np.ndarray:
+    """File names as an array of bytes, for `os.fsdecode`.
 
-
-class _MadeSequence(Sequence[T]):
-    """A sequence whose items are made when asked for; a subclass has `__len__` and `_item`."""
-
-    @abstractmethod
-    def _item(self, index: int) -> T: ...
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._item(index % len(self))
-
-
-class PackedStrings(_MadeSequence[str]):
-    """Strings in one block of memory, which forked loader processes share: a list of a million would be copied."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [os.fsencode(string) for string in strings]
-        self._bytes = b''.join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def _item(self, index: int) -> str:
-        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
-
-
-class Samples(_MadeSequence[tuple[str, int]]):
-    """The pairs of path and class index of a data set, made when asked for."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def _item(self, index: int) -> tuple[str, int]:
-        return self._dataset.path(index), self._dataset.target(index)
+    Forked loader processes share its memory; a list of a million strings would be copied, as each use of one is
+    counted in it.
+    """
+    return np.array([os.fsencode(name) for name in names], dtype='S')
 
 
 class ImageDataset(Dataset[tuple[Any, int]]):
@@ -206,8 +170,9 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         return (labels if self._new_labels is None else self._new_labels[labels]).astype(np.int64)
 
     @property
-    def samples(self) -> Samples:
-        return Samples(self)
+    def samples(self) -> list[tuple[str, int]]:
+        """The path and the class index of each image, a new list each time."""
+        return [(self.path(index), self.target(index)) for index in range(len(self))]
 
     def _target(self, position: int) -> int:
         label = self._labels()[position]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,11 +12,11 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.augment import BatchedAugment
 from pipeline.images import ImageDataset
-from pipeline.transforms import SMALL_IMAGE, Augmentation, AugmentedImages
+from pipeline.transforms import Augmentation, AugmentedImages
 from pipeline.workers import deadline, ignore_signals
 from samplers import Draw, EvalSampler, TrainBatches
 from utils import SizedLoader, UsageError, log
@@ -29,6 +30,47 @@ class TrainLoader(SizedLoader, Protocol):
     """The batches of an epoch, as `batch_sampler` says."""
 
     batch_sampler: TrainBatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """How batches are made, and where.
+
+    Args:
+        device: where the model is.
+        workers: loader processes.
+        augment: 'pil', 'batched', or 'auto', which chooses batched augmentation where it knows the policy, but not for
+            large images on a CPU, which Pillow handles faster.
+        exact: timm's pixels to the bit in batched augmentation, more slowly.
+        cache_gib: memory for images on the device, in GiB; at most half of what a GPU has free.
+        pin_memory: pin batches in host memory, for GPUs.
+        timeout: seconds to wait for a loader process.
+    """
+
+    device: torch.device
+    workers: int
+    augment: str = 'auto'
+    exact: bool = False
+    cache_gib: float = 4.0
+    pin_memory: bool = True
+    timeout: float = 0.0
+
+    def cache_bytes(self) -> float:
+        """The memory for images on the device."""
+        room = self.cache_gib * GIB
+        return min(room, torch.cuda.mem_get_info(self.device)[0] / 2) if self.device.type == 'cuda' else room
+
+    def loader(self, dataset: Dataset[Any], *, processes: bool = True, **sampling: Any) -> TimedLoader:
+        """A DataLoader with these options; `processes` False reads in this process."""
+        workers = self.workers if processes else 0
+        return TimedLoader(
+            dataset,
+            num_workers=workers,
+            pin_memory=self.pin_memory and self.device.type == 'cuda',
+            timeout=self.timeout if workers else 0,
+            worker_init_fn=ignore_signals,
+            **sampling,
+        )
 
 
 class TimedLoader(DataLoader):
@@ -65,44 +107,28 @@ class ImageCache:
     """Images of a data set on the device, uint8 (n, 3, S, S), with their class indices.
 
     Args:
-        dataset: its transform is replaced by `crop`.
+        dataset: its transform gives uint8 tensors (3, S, S), the same each time.
         indices: the images, in this order.
-        crop: from an image to a uint8 tensor (3, S, S), the same each time.
         size: S.
-        device: where the images stay.
-        options: of the DataLoader that reads them, once.
+        options: of the loader that reads them, once.
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        indices: Sequence[int],
-        crop: Callable[..., Any],
-        *,
-        size: int,
-        device: torch.device,
-        options: dict[str, Any],
-    ) -> None:
-        dataset.transform = crop
-        if len(indices) < FEW_IMAGES:
-            options = {**options, 'num_workers': 0, 'timeout': 0}
-        self.images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=device)
-        self.targets = torch.empty(len(indices), dtype=torch.int64, device=device)
-        self.device = device
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int], *, size: int, options: LoaderOptions) -> None:
+        self.device = options.device
+        self.images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=self.device)
+        self.targets = torch.empty(len(indices), dtype=torch.int64, device=self.device)
+        loader = options.loader(dataset, processes=len(indices) >= FEW_IMAGES, batch_size=256, sampler=indices)
         first = 0
-        for images, targets in TimedLoader(dataset, batch_size=256, sampler=indices, **options):
+        for images, targets in loader:
             self.images[first : first + len(images)].copy_(images, non_blocking=True)
             self.targets[first : first + len(images)].copy_(targets, non_blocking=True)
             first += len(images)
 
     def take(self, indices: Sequence[int]) -> Batch:
-        index = to_device(torch.tensor(indices), self.device)
+        index = torch.tensor(indices)
+        if self.device.type == 'cuda':
+            index = index.pin_memory().to(self.device, non_blocking=True)
         return self.images[index], self.targets[index]
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host's on the device, without a wait for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else values.to(device)
 
 
 def _numbers(draws: Sequence[Draw]) -> Tensor:
@@ -215,30 +241,60 @@ class Prefetched:
             yield batch
 
 
-def _pipeline(augmentation: Augmentation, *, seed: int, exact: bool, device: torch.device) -> Callable[..., Tensor]:
-    """What the device does with a batch.
+def _batched_pipeline(
+    augmentation: Augmentation, *, seed: int, options: LoaderOptions
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What the device does with the batches of training, None where PIL augments the images one by one.
 
     Raises:
-        UsageError: if `augment` does not cover it.
+        UsageError: if batched augmentation is asked for and does not cover the policy.
     """
+    large_on_cpu = options.device.type == 'cpu' and not augmentation.has_fixed_crop
+    if options.augment == 'pil' or (options.augment == 'auto' and large_on_cpu):
+        return None
     if augmentation.no_aug:
-        return Normalize(device)
-    return BatchedAugment(
-        input_size=augmentation.input_size,
-        seed=seed,
-        crop='pad' if augmentation.input_size <= SMALL_IMAGE else 'none',
-        hflip=augmentation.hflip,
-        color_jitter=augmentation.color_jitter,
-        auto_augment=augmentation.auto_augment,
-        interpolation=augmentation.interpolation,
-        re_prob=augmentation.re_prob,
-        re_mode=augmentation.re_mode,
-        re_count=augmentation.re_count,
-        resplit=augmentation.resplit,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        exact=exact,
-    )
+        return Normalize(options.device)
+    try:
+        return BatchedAugment(augmentation, seed=seed, exact=options.exact)
+    except UsageError as err:
+        if options.augment == 'batched':
+            raise
+        log(f'Note: augmentation runs in PIL ({err})')
+        return None
+
+
+def _training_loader(
+    train: ImageDataset,
+    batches: TrainBatches,
+    pipeline: Callable[[Tensor, Tensor], Tensor] | None,
+    *,
+    augmentation: Augmentation,
+    seed: int,
+    options: LoaderOptions,
+    cached: bool,
+) -> TrainLoader:
+    """The loader of training, which gives the images their transform.
+
+    Args:
+        pipeline: of `_batched_pipeline`.
+        cached: keep the images on the device.
+    """
+    loader: Any
+    train.transform = augmentation.transform(train=True) if pipeline is None else augmentation.crop(train=True)
+    if cached and pipeline is not None:
+        cache = ImageCache(train, range(len(train)), size=augmentation.input_size, options=options)
+        loader = CachedTraining(cache, batches, pipeline)
+    else:
+        erase = None
+        if pipeline is None and augmentation.resplit:
+            erase = RandomErasing(
+                augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device='cpu'
+            )
+        images = AugmentedImages(train, seed=seed, erase=erase)
+        loader = options.loader(images, batch_sampler=batches, persistent_workers=options.workers > 0)
+        if pipeline is not None:
+            loader = AugmentedBatches(loader, pipeline, options.device)
+    return Prefetched(loader, options.device) if options.device.type == 'cuda' else loader
 
 
 def build_loaders(
@@ -250,92 +306,41 @@ def build_loaders(
     eval_batch_size: int,
     augmentation: Augmentation,
     seed: int,
-    augment: str = 'auto',
-    exact: bool = False,
-    cache_gib: float = 4.0,
-    device: torch.device,
-    workers: int,
-    pin_memory: bool = True,
-    timeout: float = 0.0,
+    options: LoaderOptions,
 ) -> tuple[TrainLoader | None, SizedLoader, str]:
     """The loaders of a run, and how training images are augmented: 'none', 'pil', 'batched' or 'batched, exact'.
 
-    Batched augmentation runs on the device. 'auto' chooses it where it knows the policy, but not for large images on a
-    CPU, which Pillow handles faster. Images whose crop is the same
-    each time, which all are at evaluation and up to 32 px, are kept on the device where they fit.
+    The loaders choose the transforms of the splits. Images whose crop is the same each time, which all are at
+    evaluation and up to 32 px, are kept on the device where they fit; but an evaluation alone reads each once anyway.
 
     Args:
-        train, val: the splits, with the transforms of `build_transform`; train is None for evaluation alone.
+        train, val: the splits; train is None for evaluation alone.
         batches: of training.
         shard: this process's share of evaluation.
         eval_batch_size: images.
         augmentation: the pipeline's settings.
         seed: the run's.
-        augment: 'auto', 'pil' or 'batched'.
-        exact: timm's pixels to the bit, more slowly.
-        cache_gib: memory for images on the device, in GiB; at most half of what a GPU has free.
-        device: where the model is.
-        workers: loader processes.
-        pin_memory: pin batches in host memory, for GPUs.
-        timeout: seconds to wait for a loader process.
+        options: how batches are made.
 
     Raises:
         UsageError: if the policy is not covered by what is asked for.
     """
-    pin_memory = pin_memory and device.type == 'cuda'
-    options: dict[str, Any] = {
-        'num_workers': workers,
-        'pin_memory': pin_memory,
-        'timeout': timeout if workers else 0,
-        'worker_init_fn': ignore_signals,
-    }
-    room = cache_gib * GIB
-    if device.type == 'cuda':
-        room = min(room, torch.cuda.mem_get_info(device)[0] / 2)
-    size = augmentation.input_size
-
-    def fits(images: int) -> bool:
-        nonlocal room
-        needed = images * 3 * size**2
-        if needed > room:
-            return False
-        room -= needed
-        return True
-
-    train_loader: Any = None
     kind = 'none'
+    train_loader: TrainLoader | None = None
+    keeps_val = False
     if train is not None:
         assert batches is not None
-        pipeline: Callable[..., Tensor] | None = None
-        large_on_cpu = device.type == 'cpu' and augmentation.input_size > SMALL_IMAGE and not augmentation.no_aug
-        if augment == 'batched' or (augment == 'auto' and not large_on_cpu):
-            try:
-                pipeline = _pipeline(augmentation, seed=seed, exact=exact, device=device)
-            except UsageError as err:
-                if augment == 'batched':
-                    raise
-                log(f'Note: augmentation runs in PIL ({err})')
-        kind = 'pil' if pipeline is None else 'batched, exact' if exact else 'batched'
-        if pipeline is None:
-            erase = RandomErasing(
-                augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device='cpu'
-            )
-            images = AugmentedImages(train, seed=seed, erase=erase if augmentation.resplit else None)
-            train_loader = TimedLoader(images, batch_sampler=batches, persistent_workers=workers > 0, **options)
-        else:
-            crop, fixed = augmentation.crop(train=True)
-            if fixed and fits(len(train)):
-                cache = ImageCache(train, range(len(train)), crop, size=size, device=device, options=options)
-                train_loader = CachedTraining(cache, batches, pipeline)
-            else:
-                train.transform = crop
-                images = AugmentedImages(train, seed=seed)
-                loader = TimedLoader(images, batch_sampler=batches, persistent_workers=workers > 0, **options)
-                train_loader = AugmentedBatches(loader, pipeline, device)
-        if device.type == 'cuda':
-            train_loader = Prefetched(train_loader, device)
-    if train is not None and fits(len(shard)):  # an evaluation alone reads each image once anyway
-        crop = augmentation.crop(train=False)[0]
-        cache = ImageCache(val, shard.indices, crop, size=size, device=device, options=options)
+        pipeline = _batched_pipeline(augmentation, seed=seed, options=options)
+        kind = 'pil' if pipeline is None else 'batched, exact' if options.exact else 'batched'
+        image_bytes, room = 3 * augmentation.input_size**2, options.cache_bytes()
+        keeps_train = pipeline is not None and augmentation.has_fixed_crop and len(train) * image_bytes <= room
+        keeps_val = (len(shard) + keeps_train * len(train)) * image_bytes <= room
+        train_loader = _training_loader(
+            train, batches, pipeline, augmentation=augmentation, seed=seed, options=options, cached=keeps_train
+        )
+    if keeps_val:
+        val.transform = augmentation.crop(train=False)
+        cache = ImageCache(val, shard.indices, size=augmentation.input_size, options=options)
         return train_loader, CachedEvaluation(cache, batch_size=eval_batch_size), kind
-    return train_loader, TimedLoader(val, sampler=shard, batch_size=eval_batch_size, **options), kind
+    val.transform = augmentation.transform(train=False)
+    return train_loader, options.loader(val, sampler=shard, batch_size=eval_batch_size), kind

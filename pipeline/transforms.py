@@ -21,108 +21,89 @@ SMALL_IMAGE = 32  # pixels; up to here a random crop with padding replaces the r
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """The settings of the training pipeline; see `build_transform` for each.
-
-    `resplit` erases in the second half of each batch only, as timm defines it.
-    """
-
-    input_size: int
-    no_aug: bool
-    hflip: float
-    color_jitter: float
-    auto_augment: str | None
-    interpolation: str
-    re_prob: float
-    re_mode: str
-    re_count: int
-    resplit: bool
-
-    def transform(self, *, train: bool) -> Transform:
-        """The pipeline on PIL images; with `resplit` it leaves erasing to what sees the batch."""
-        return build_transform(
-            train=train,
-            input_size=self.input_size,
-            no_aug=self.no_aug,
-            hflip=self.hflip,
-            color_jitter=self.color_jitter,
-            auto_augment=self.auto_augment,
-            interpolation=self.interpolation,
-            re_prob=0.0 if self.resplit else self.re_prob,
-            re_mode=self.re_mode,
-            re_count=self.re_count,
-        )
-
-    def crop(self, *, train: bool) -> tuple[Transform, bool]:
-        """What of the pipeline must see an image by itself: to a uint8 tensor (3, input_size, input_size).
-
-        Also says whether that is the same each time. Up to 32 px it is: images are of one size, and their random crop
-        is taken from whole batches.
-        """
-        if not train or self.no_aug or self.input_size <= SMALL_IMAGE:
-            return transforms.Compose([*_resize(self.input_size), transforms.PILToTensor()]), True
-        crop = RandomResizedCropAndInterpolation(self.input_size, interpolation=self.interpolation)
-        return transforms.Compose([crop, transforms.PILToTensor()]), False
-
-
-def _resize(input_size: int) -> list[Any]:
-    """Evaluation's way to one size."""
-    bicubic = transforms.InterpolationMode.BICUBIC
-    if input_size <= SMALL_IMAGE:
-        return [transforms.Resize((input_size, input_size), bicubic)]
-    return [transforms.Resize(int(256 / 224 * input_size), bicubic), transforms.CenterCrop(input_size)]
-
-
-def build_transform(
-    *,
-    train: bool,
-    input_size: int,
-    no_aug: bool = False,
-    hflip: float = 0.5,
-    color_jitter: float = 0.4,
-    auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
-    interpolation: str = 'bicubic',
-    re_prob: float = 0.25,
-    re_mode: str = 'pixel',
-    re_count: int = 1,
-) -> Transform:
-    """The transform of DeiT's recipe, from an image to a normalised tensor (3, input_size, input_size).
-
-    Training uses timm's. Up to 32 px a random crop with padding 4 stands in its random resized crop's place.
-    Evaluation resizes the shorter side to 256/224 of the size and crops the centre; up to 32 px it only resizes.
+    """The settings of the training pipeline, in timm's names. The defaults are those of DeiT's recipe.
 
     Args:
-        train: training or evaluation.
         input_size: pixels.
         no_aug: use evaluation's transform in training too.
         hflip: probability of a horizontal flip.
         color_jitter: strength, used where `auto_augment` is not.
         auto_augment: timm's policy string, or None.
         interpolation: of the training crop: random, bilinear, bicubic.
-        re_prob, re_mode, re_count: random erasing's probability, fill and count.
-
-    Raises:
-        UsageError: for a policy or mode that timm does not know.
+        re_prob, re_mode, re_count: random erasing's probability, fill (const, rand, pixel) and most boxes an image.
+        resplit: erase in the second half of each batch only, as timm defines it.
     """
-    if train and not no_aug:
+
+    input_size: int
+    no_aug: bool = False
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    auto_augment: str | None = 'rand-m9-mstd0.5-inc1'
+    interpolation: str = 'bicubic'
+    re_prob: float = 0.25
+    re_mode: str = 'pixel'
+    re_count: int = 1
+    resplit: bool = False
+
+    @property
+    def is_small(self) -> bool:
+        return self.input_size <= SMALL_IMAGE
+
+    def transform(self, *, train: bool) -> Transform:
+        """The transform from an image to a normalised tensor (3, input_size, input_size).
+
+        Training uses timm's; up to 32 px a random crop with padding 4 stands in its random resized crop's place. With
+        `resplit`, erasing is left to what sees the batch. Evaluation resizes the shorter side to 256/224 of the size
+        and crops the centre; up to 32 px it only resizes.
+
+        Raises:
+            UsageError: for a policy or mode that timm does not know.
+        """
+        if not train or self.no_aug:
+            normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            return transforms.Compose([*self._resize(), transforms.ToTensor(), normalize])
         try:
             transform = create_transform(
-                input_size=input_size,
+                input_size=self.input_size,
                 is_training=True,
-                hflip=hflip,
-                color_jitter=color_jitter,
-                auto_augment=auto_augment,
-                interpolation=interpolation,
-                re_prob=re_prob,
-                re_mode=re_mode,
-                re_count=re_count,
+                hflip=self.hflip,
+                color_jitter=self.color_jitter,
+                auto_augment=self.auto_augment,
+                interpolation=self.interpolation,
+                re_prob=0.0 if self.resplit else self.re_prob,
+                re_mode=self.re_mode,
+                re_count=self.re_count,
             )
         except (AssertionError, ValueError, KeyError, NotImplementedError) as err:
-            raise UsageError(f'--aa {auto_augment} --remode {re_mode}: timm refuses this ({one_line(err)})') from None
-        if input_size <= SMALL_IMAGE:
-            transform.transforms[:1] = [*_resize(input_size), transforms.RandomCrop(input_size, padding=4)]
+            flags = f'--aa {self.auto_augment} --remode {self.re_mode}'
+            raise UsageError(f'{flags}: timm refuses this ({one_line(err)})') from None
+        if self.is_small:
+            transform.transforms[:1] = [*self._resize(), transforms.RandomCrop(self.input_size, padding=4)]
         return transform
-    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*_resize(input_size), transforms.ToTensor(), normalize])
+
+    @property
+    def has_fixed_crop(self) -> bool:
+        """Whether `crop` gives the same each time. Up to 32 px, whole batches are cropped at random after it."""
+        return self.no_aug or self.is_small
+
+    def crop(self, *, train: bool) -> Transform:
+        """What of the pipeline must see an image by itself: to a uint8 tensor (3, input_size, input_size)."""
+        if train and not self.has_fixed_crop:
+            steps = [RandomResizedCropAndInterpolation(self.input_size, interpolation=self.interpolation)]
+        else:
+            steps = self._resize()
+        return transforms.Compose([*steps, transforms.PILToTensor()])
+
+    def _resize(self) -> list[Any]:
+        bicubic = transforms.InterpolationMode.BICUBIC
+        if self.is_small:
+            return [transforms.Resize((self.input_size, self.input_size), bicubic)]
+        return [transforms.Resize(int(256 / 224 * self.input_size), bicubic), transforms.CenterCrop(self.input_size)]
+
+
+def build_transform(*, train: bool, input_size: int, **settings: Any) -> Transform:
+    """`Augmentation.transform` from the settings that differ from the recipe's."""
+    return Augmentation(input_size=input_size, **settings).transform(train=train)
 
 
 class AugmentedImages(Dataset[tuple[Any, int]]):
@@ -134,7 +115,7 @@ class AugmentedImages(Dataset[tuple[Any, int]]):
     Args:
         dataset: the images, with their transform.
         seed: the run's.
-        erase: random erasing for the second half of each batch only (`--resplit`), as timm defines it.
+        erase: random erasing for the second half of each batch only (`--resplit`).
     """
 
     def __init__(self, dataset: ImageDataset, *, seed: int, erase: RandomErasing | None = None) -> None:

@@ -14,16 +14,19 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data import Mixup
 from timm.data import auto_augment as pil_ops
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import rand_bbox_minmax
 from timm.data.random_erasing import RandomErasing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import augment
-from pipeline.augment import OPS, BatchedAugment, BatchedMixup, Purpose
-from pipeline.transforms import build_transform
+from pipeline.augment import OPS, BatchedAugment, BatchedMixup, apply_op, policy
+from pipeline.augment.erasing import plan_erasing
+from pipeline.augment.policy import read_policy
+from pipeline.augment.random_numbers import Purpose, device_normals, hashes, sample_keys, uniforms
+from pipeline.augment.steps import Step
+from pipeline.transforms import Augmentation, build_transform
 from tools import benchmark_augment
 from utils import UsageError, seed_all
 
@@ -33,9 +36,8 @@ CASES = [(name, cubic) for name in OPS for cubic in ((True, False) if name in GE
 DEFAULT = 'rand-m9-mstd0.5-inc1'
 
 
-def make_augment(**changes: Any) -> BatchedAugment:
-    settings: dict[str, Any] = {'input_size': 32, 'seed': 3, 'crop': 'pad'}
-    return BatchedAugment(**{**settings, 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, **changes})
+def make_augment(*, seed: int = 3, exact: bool = False, **changes: Any) -> BatchedAugment:
+    return BatchedAugment(Augmentation(**{'input_size': 32, **changes}), seed=seed, exact=exact)
 
 
 def make_draws(count: int, *, epoch: int = 0, repeat: int = 0) -> torch.Tensor:
@@ -89,24 +91,24 @@ def odd_images() -> np.ndarray:
 def test_the_generator_is_splitmix64() -> None:
     # The published sequence for the seed 1234567, e.g. of Rosetta Code.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    assert augment.hashes(np.array([1234567], np.uint64), Purpose(0), 4)[0].tolist() == expected
+    assert hashes(np.array([1234567], np.uint64), Purpose(0), 4)[0].tolist() == expected
 
 
 def test_devices_draw_the_bits_that_the_host_does() -> None:
-    keys = augment.sample_keys(5, make_draws(1000).numpy())
-    numbers = augment.hashes(keys, Purpose(0), 2)
+    keys = sample_keys(5, make_draws(1000).numpy())
+    numbers = hashes(keys, Purpose(0), 2)
     first, second = ((numbers >> np.uint64(shift)) & np.uint64(2**24 - 1) for shift in (40, 8))
     radius = np.sqrt(-2 * np.log((first + 1) * 2.0**-24))
     angle = 2 * math.pi * second * 2.0**-24
     expected = np.stack([radius[:, 0] * np.cos(angle[:, 0]), radius[:, 0] * np.sin(angle[:, 0]),
                          radius[:, 1] * np.cos(angle[:, 1])], axis=1)  # fmt: skip
-    found = augment.device_normals(torch.from_numpy(keys.view(np.int64)), torch.zeros(1000, dtype=torch.int64))
+    found = device_normals(torch.from_numpy(keys.view(np.int64)), torch.zeros(1000, dtype=torch.int64))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_uniform_numbers_are_even_and_uncorrelated() -> None:
-    keys = augment.sample_keys(0, make_draws(20000).numpy())
-    numbers = np.concatenate([augment.uniforms(keys, purpose, 4) for purpose in (Purpose.OPS, Purpose.ERASE)], axis=1)
+    keys = sample_keys(0, make_draws(20000).numpy())
+    numbers = np.concatenate([uniforms(keys, purpose, 4) for purpose in (Purpose.OPS, Purpose.ERASE)], axis=1)
     counts = np.stack([np.histogram(column, bins=50, range=(0, 1))[0] for column in numbers.T])
     chi2 = ((counts - 400) ** 2 / 400).sum(1)  # 49 degrees of freedom: 49 +- 10
     assert chi2.max() < 100
@@ -117,11 +119,11 @@ def test_uniform_numbers_are_even_and_uncorrelated() -> None:
 
 def test_every_part_of_a_draw_counts() -> None:
     keys = {
-        int(augment.sample_keys(seed, np.array(draws))[0])
+        int(sample_keys(seed, np.array(draws))[0])
         for seed, draws in [(0, [[4, 5, 6]]), (1, [[4, 5, 6]]), (0, [[5, 4, 6]]), (0, [[4, 6, 5]]), (0, [[4, 5, 7]])]
     }
     assert len(keys) == 5
-    many = augment.sample_keys(0, np.stack(np.meshgrid(*[np.arange(30)] * 3), axis=-1).reshape(-1, 3))
+    many = sample_keys(0, np.stack(np.meshgrid(*[np.arange(30)] * 3), axis=-1).reshape(-1, 3))
     assert len(np.unique(many)) == 30**3
 
 
@@ -150,7 +152,7 @@ def test_exact_ops_are_timms_in_every_bit(name: str, cubic: bool, patches: np.nd
     images = np.concatenate([patches[:60], odd_images, odd_images, odd_images])
     random.seed(0)
     expected, argument = run_timm(name, images, make_levels(len(images), 10), cubic=cubic)
-    found = augment.apply_op(to_tensor(images), name, argument, cubic=cubic, fill=FILL, exact=True)
+    found = apply_op(to_tensor(images), name, argument, cubic=cubic, fill=FILL, exact=True)
     assert torch.equal(found, to_tensor(expected))
 
 
@@ -163,11 +165,11 @@ def test_exact_ops_on_rectangles_and_beyond_the_usual_levels(name: str, cubic: b
     if name == 'GaussianBlur':  # levels end at 10
         levels = levels / 3
     expected, argument = run_timm(name, images, levels, cubic=cubic)
-    found = augment.apply_op(to_tensor(images), name, argument, cubic=cubic, fill=FILL, exact=True)
+    found = apply_op(to_tensor(images), name, argument, cubic=cubic, fill=FILL, exact=True)
     assert torch.equal(found, to_tensor(expected))
     squares = np.ascontiguousarray(images[:, :, :45])
     expected, argument = run_timm(name, squares, levels, cubic=cubic)
-    found = augment.apply_op(to_tensor(squares), name, argument, cubic=cubic, fill=FILL, exact=True)
+    found = apply_op(to_tensor(squares), name, argument, cubic=cubic, fill=FILL, exact=True)
     assert torch.equal(found, to_tensor(expected))
 
 
@@ -178,7 +180,7 @@ def test_float32_ops_are_within_a_grey_level(
     random.seed(0)
     levels = np.clip(np.random.default_rng(4).normal(9, 0.5, 150), 0, 9.99)
     expected, argument = run_timm(name, patches[:150], levels, cubic=cubic)
-    found = augment.apply_op(to_tensor(patches[:150]), name, argument, cubic=cubic, fill=FILL)
+    found = apply_op(to_tensor(patches[:150]), name, argument, cubic=cubic, fill=FILL)
     difference = (found.int() - to_tensor(expected).int()).abs()
     if name not in GEOMETRIC:
         assert difference.max() == 0
@@ -188,7 +190,7 @@ def test_float32_ops_are_within_a_grey_level(
     assert difference.float().mean() < 2e-3
     assert (difference.flatten(1).amax(1) == 0).float().mean() > 0.6
     expected, argument = run_timm(name, odd_images, make_levels(len(odd_images), 10), cubic=cubic)
-    found = augment.apply_op(to_tensor(odd_images), name, argument, cubic=cubic, fill=FILL)
+    found = apply_op(to_tensor(odd_images), name, argument, cubic=cubic, fill=FILL)
     flat = (odd_images == odd_images[:, :1, :1]).all((1, 2, 3))
     assert flat.sum() >= 6
     difference = (found.int() - to_tensor(expected).int()).abs()
@@ -218,7 +220,7 @@ def test_levels_become_timms_arguments(name: str, monkeypatch: pytest.MonkeyPatc
 )  # fmt: skip
 def test_policies_are_read_as_timm_reads_them(text: str) -> None:
     theirs = rand_augment_transform(text, {'translate_const': 14})
-    ours = augment.read_policy(text)
+    ours = read_policy(text)
     assert list(ours.names) == [op.name for op in theirs.ops]
     assert ours.num_layers == theirs.num_layers
     for op in theirs.ops:
@@ -246,7 +248,6 @@ def test_policies_are_read_as_timm_reads_them(text: str) -> None:
         ({'re_mode': 'noise'}, '--remode noise'),
         ({'re_count': 0}, '--recount'),
         ({'color_jitter': -1}, '--color-jitter'),
-        ({'crop': 'centre'}, 'centre'),
     ],
 )  # fmt: skip
 def test_what_is_not_covered_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -272,16 +273,16 @@ Applied = tuple[str, float, bool]  # kind, argument, cubic
 def record_ours(monkeypatch: pytest.MonkeyPatch, made: BatchedAugment, draws: torch.Tensor) -> list[list[Applied]]:
     """The ops that a plan applies to each sample, in order."""
     found: list[list[Applied]] = [[] for _ in range(len(draws))]
-    make_step = augment.make_step
+    make_step = policy.make_step
 
-    def record(kind: str, index: np.ndarray, argument: np.ndarray, size: Any, *, cubic: bool = True) -> augment.Step:
+    def record(kind: str, index: np.ndarray, argument: np.ndarray, size: Any, *, cubic: bool = True) -> Step:
         for sample, value in zip(index.tolist(), argument.tolist(), strict=True):
             found[sample].append((kind, value, cubic))
         return make_step(kind, index, argument, size, cubic=cubic)
 
     with monkeypatch.context() as patch:
-        patch.setattr(augment, 'make_step', record)
-        made.plan(draws.numpy(), (made.input_size, made.input_size))
+        patch.setattr(policy, 'make_step', record)
+        made.plan(draws.numpy(), (32, 32))
     return found
 
 
@@ -405,7 +406,7 @@ def replay(
     outs = []
     for number, ops in enumerate(record_ours(monkeypatch, made, draws)):
         image = Image.fromarray(images[number])
-        if made.crop == 'pad':
+        if made.settings.is_small:
             padded = Image.new('RGB', (size[1] + 8, size[0] + 8))
             padded.paste(image, (4, 4))
             top, left = int(plan.top[number]), int(plan.left[number])
@@ -426,7 +427,7 @@ def replay(
 @pytest.mark.parametrize(
     'changes',
     [{}, {'interpolation': 'random', 'auto_augment': 'rand-m7-n4-mstd3'}, {'auto_augment': None},
-     {'auto_augment': 'rand-m5-n2-t3aw'}, {'crop': 'none', 'hflip': 0.2}],
+     {'auto_augment': 'rand-m5-n2-t3aw'}, {'input_size': 224, 'hflip': 0.2}],
 )  # fmt: skip
 def test_the_exact_pipeline_is_timms_in_every_bit(
     changes: dict[str, Any], patches: np.ndarray, monkeypatch: pytest.MonkeyPatch
@@ -498,7 +499,7 @@ def test_crops_and_flips_are_even() -> None:
 @pytest.mark.parametrize('exact', [True, False])
 def test_large_images_rectangles_and_other_layouts(exact: bool) -> None:
     images = to_tensor(cut_patches(6, 224, 224))
-    made = make_augment(input_size=224, crop='none', exact=exact, re_prob=1.0)
+    made = make_augment(input_size=224, exact=exact, re_prob=1.0)
     out = made(images, make_draws(6))
     assert out.shape == (6, 3, 224, 224) and out.isfinite().all()
     assert torch.equal(made(images.contiguous(memory_format=torch.channels_last), make_draws(6)), out)
@@ -533,10 +534,10 @@ def test_nothing_waits_for_the_device(patches: np.ndarray) -> None:
         assert not set(watch.names) & set(Watch.waits)
 
 
-@pytest.mark.parametrize('crop', ['pad', 'none'])
-def test_all_tensors_lie_on_the_device_of_the_images(crop: str, patches: np.ndarray) -> None:
+@pytest.mark.parametrize('input_size', [32, 224])
+def test_all_tensors_lie_on_the_device_of_the_images(input_size: int, patches: np.ndarray) -> None:
     for changes in ({'re_count': 2, 'exact': True}, {'re_mode': 'rand'}, {'auto_augment': 'rand-m9-n4-t3aw'}):
-        made = make_augment(crop=crop, re_prob=1.0, interpolation='random', **changes)
+        made = make_augment(input_size=input_size, re_prob=1.0, interpolation='random', **changes)
         # A meta tensor has no values: it refuses to be read, and most ops with tensors from elsewhere.
         out = made(to_tensor(patches[:200]).to('meta'), make_draws(200))
         assert out.device.type == 'meta' and out.shape == (200, 3, 32, 32)
@@ -570,8 +571,8 @@ def test_erased_boxes_are_as_many_and_as_large_as_timms(size: tuple[int, int], c
     random.seed(0)
     theirs = RandomErasing(0.4, mode='const', max_count=count, device='cpu')
     blanks = theirs(torch.ones(samples, 1, *size))
-    keys = augment.sample_keys(1, make_draws(samples).numpy())
-    erasing = augment.plan_erasing(keys, size, prob=0.4, mode='const', count=count)
+    keys = sample_keys(1, make_draws(samples).numpy())
+    erasing = plan_erasing(keys, size, prob=0.4, mode='const', count=count)
     ours = torch.ones(samples, 1, *size)
     for sample, top, left, height, width in erasing.boxes.tolist():
         assert 0 <= top <= top + height <= size[0] and 0 <= left <= left + width <= size[1]
@@ -590,9 +591,9 @@ def test_erased_boxes_are_as_many_and_as_large_as_timms(size: tuple[int, int], c
 
 
 def test_boxes_are_drawn_as_defined() -> None:
-    keys = augment.sample_keys(1, make_draws(30_000).numpy())
+    keys = sample_keys(1, make_draws(30_000).numpy())
     side = 1000  # large enough that rounding does not count
-    boxes = augment.plan_erasing(keys, (side, side), prob=1.0, mode='const', count=1).boxes.astype(float)
+    boxes = plan_erasing(keys, (side, side), prob=1.0, mode='const', count=1).boxes.astype(float)
     assert len(boxes) == len(keys)
     _, top, left, height, width = boxes.T
     area, aspect = height * width / side**2, np.log(height / width)
@@ -606,7 +607,7 @@ def test_boxes_are_drawn_as_defined() -> None:
         place = (corner + 0.5) / (side - length + 1)
         assert abs(place.mean() - 0.5) < 4.5 / math.sqrt(12 * len(place))
         assert np.histogram(place, 10, (0, 1))[0].max() < 3000 + 5 * math.sqrt(3000)
-    tight = augment.plan_erasing(keys[:3000], (4, 4), prob=1.0, mode='const', count=1).boxes
+    tight = plan_erasing(keys[:3000], (4, 4), prob=1.0, mode='const', count=1).boxes
     assert (tight[:, 1] + tight[:, 3]).max() == 4 and (tight[:, 2] + tight[:, 4]).max() == 4
 
 

@@ -21,7 +21,7 @@ from config.arguments import parse_args
 from config.builders import build_model, build_optimizer, build_scheduler
 from config.data import load_splits, open_loaders
 from config.pretrained import load_trained
-from datasets import DATA_SETS, build_datasets
+from datasets import DATA_SETS, DataSource, build_datasets
 from main import main
 from pipeline.images import decode
 from tests.conftest import PLAIN, SMALL_MODEL
@@ -248,7 +248,7 @@ def test_any_damage_to_a_list(lists: Path, data: st.DataObject, name: str) -> No
     original = (lists / name).read_bytes()
     try:
         (lists / name).write_bytes(damage(original, data.draw))
-        one_line_at_most(lambda: build_datasets('FOLDER', str(lists), data_layout='lists'))
+        one_line_at_most(lambda: build_datasets(DataSource('FOLDER', str(lists), layout='lists')))
     finally:
         (lists / name).write_bytes(original)
 
@@ -264,7 +264,7 @@ def test_any_damage_to_an_lmdb_file(lists: Path, tmp_path_factory: pytest.TempPa
     path.write_bytes(damage(path.read_bytes(), data.draw))
 
     def read() -> None:
-        train = build_datasets('FOLDER', str(folder), use_lmdb=True, verify_records=True).train
+        train = build_datasets(DataSource('FOLDER', str(folder), use_lmdb=True, verify=True)).train
         assert train is not None
         for index in range(len(train)):
             train.load(index)

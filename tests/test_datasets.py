@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from datasets import build_datasets, find_name, load_digits
+from datasets import DataSource, build_datasets, find_name, load_digits
 from pipeline.transforms import AugmentedImages, build_transform
 from samplers import Draw, TrainBatches
 from utils import InputError, UsageError
@@ -56,7 +56,7 @@ def test_folders_share_one_class_map(make_folder: MakeFolder) -> None:
     """DomainNet's painting lists: train lacks t-shirt, val lacks its neighbour in the order, syringe."""
     classes = ['apple', 'syringe', 't-shirt', 'zebra']
     root = make_folder({'train': ['apple', 'syringe', 'zebra'], 'val': ['apple', 't-shirt', 'zebra']}, images=2)
-    splits = build_datasets('FOLDER', str(root))
+    splits = build_datasets(DataSource('FOLDER', str(root)))
     assert splits.num_classes == 4
     assert splits.train.class_to_idx == splits.val.class_to_idx == {name: i for i, name in enumerate(classes)}
     assert splits.train.targets.tolist() == [0, 0, 1, 1, 3, 3] and splits.val.targets.tolist() == [0, 0, 2, 2, 3, 3]
@@ -69,22 +69,22 @@ def test_hidden_folders_are_no_classes_and_empty_ones_are_reported(make_folder: 
     root = make_folder({'train': ['a', 'b', '.ipynb_checkpoints'], 'val': ['a']}, images=1)
     (root / 'val' / 'b').mkdir()
     (root / 'val' / 'notes.txt').write_text('a file beside the folders')
-    splits = build_datasets('FOLDER', str(root))
+    splits = build_datasets(DataSource('FOLDER', str(root)))
     assert splits.train.classes == ['a', 'b'] and len(splits.train) == 2
     assert [note.partition(' has ')[2] for note in splits.notes] == ['no images of 1 of the 2 classes: b']
 
 
 def test_class_counts(make_folder: MakeFolder) -> None:
     root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=1)
-    splits = build_datasets('clipart', str(root))
+    splits = build_datasets(DataSource('clipart', str(root)))
     assert splits.num_classes == 345 and '2 classes; the head is made for 345' in splits.notes[-1]
-    assert build_datasets('FOLDER', str(root), num_classes=5).num_classes == 5
+    assert build_datasets(DataSource('FOLDER', str(root)), num_classes=5).num_classes == 5
     with pytest.raises(InputError, match='2 classes, more than --nb-classes 1 leaves room for'):
-        build_datasets('FOLDER', str(root), num_classes=1)
+        build_datasets(DataSource('FOLDER', str(root)), num_classes=1)
 
 
 def test_evaluation_needs_no_training_images(make_folder: MakeFolder) -> None:
-    splits = build_datasets('FOLDER', str(make_folder({'val': ['a', 'b']})), train=False)
+    splits = build_datasets(DataSource('FOLDER', str(make_folder({'val': ['a', 'b']}))), train=False)
     assert splits.train is None and len(splits.val) == 16
 
 
@@ -100,20 +100,20 @@ def test_missing_folders(make_folder: MakeFolder, splits: dict[str, list[str]], 
     root = make_folder(splits)
     root.mkdir(exist_ok=True)
     with pytest.raises(InputError, match=message):
-        build_datasets('FOLDER', str(root))
+        build_datasets(DataSource('FOLDER', str(root)))
 
 
 def test_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match='no such folder'):
-        build_datasets('IMNET', str(tmp_path / 'nothing'))
+        build_datasets(DataSource('IMNET', str(tmp_path / 'nothing')))
     for split in ('train', 'val'):
         (tmp_path / split).mkdir()
     with pytest.raises(InputError, match='hold no class folders'):
-        build_datasets('FOLDER', str(tmp_path))
+        build_datasets(DataSource('FOLDER', str(tmp_path)))
     for split in ('train', 'val'):
         (tmp_path / split / 'a').mkdir()
     with pytest.raises(InputError, match='holds no images'):
-        build_datasets('FOLDER', str(tmp_path))
+        build_datasets(DataSource('FOLDER', str(tmp_path)))
 
 
 def test_truncated_image_is_named(make_folder: MakeFolder) -> None:
@@ -121,7 +121,7 @@ def test_truncated_image_is_named(make_folder: MakeFolder) -> None:
     path = root / 'train' / 'a' / '0.jpg'
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match=r'train/a/0\.jpg cannot be read'):
-        build_datasets('FOLDER', str(root)).train[0]
+        build_datasets(DataSource('FOLDER', str(root))).train[0]
 
 
 def fake_cifar10(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,12 +150,12 @@ def test_cifar_is_downloaded_when_absent(
     tmp_path: Path, web_folder: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_cifar10(*web_folder, monkeypatch)
-    splits = build_datasets('CIFAR10', str(tmp_path / 'data'))
+    splits = build_datasets(DataSource('CIFAR10', str(tmp_path / 'data')))
     assert (len(splits.train), len(splits.val), splits.num_classes) == (20, 6, 10)
     monkeypatch.setattr(CIFAR10, 'url', f'{web_folder[1]}/absent.tar.gz')
-    assert len(build_datasets('CIFAR10', str(tmp_path / 'data')).train) == 20  # found, not downloaded
+    assert len(build_datasets(DataSource('CIFAR10', str(tmp_path / 'data'))).train) == 20  # found, not downloaded
     with pytest.raises(InputError, match='cannot get CIFAR10 into'):
-        build_datasets('CIFAR10', str(tmp_path / 'other'))
+        build_datasets(DataSource('CIFAR10', str(tmp_path / 'other')))
 
 
 def names(transform: Any) -> list[str]:

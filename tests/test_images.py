@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets import build_datasets
+from datasets import DataSource, build_datasets
 from main import main
-from pipeline.images import BadImageError, PackedStrings, decode, image_extensions
+from pipeline.images import BadImageError, decode, image_extensions, pack_names
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 from tests.test_distributed import torchrun
 from utils import InputError
@@ -89,7 +90,7 @@ def test_any_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
         (tmp_path / split / 'a').mkdir(parents=True)
         for name, make in IMAGES.items():
             (tmp_path / split / 'a' / name).write_bytes(make())
-    splits = build_datasets('FOLDER', str(tmp_path))
+    splits = build_datasets(DataSource('FOLDER', str(tmp_path)))
     assert [Path(path).name for path, _ in splits.val.samples] == sorted(IMAGES)
     assert splits.train is not None
     with warnings.catch_warnings():
@@ -147,14 +148,19 @@ def test_altered_bytes_never_end_otherwise_than_as_an_image_or_an_error() -> Non
                 assert str(err)
 
 
-def test_packed_strings() -> None:
+def unpack(names: np.ndarray) -> list[str]:
+    return [os.fsdecode(name) for name in names]
+
+
+def test_packed_names() -> None:
     names = ['a', '', 'ä/b c.jpg', 'x' * 300, 'not-utf8-\udcff']
-    packed = PackedStrings(names)
-    assert list(packed) == names and len(packed) == 5 and packed[-1] == names[-1] and packed[1:3] == names[1:3]
-    assert list(pickle.loads(pickle.dumps(packed))) == names
+    packed = pack_names(names)
+    assert unpack(packed) == names and len(packed) == 5
+    assert os.fsdecode(packed[-1]) == names[-1] and unpack(packed[1:3]) == names[1:3]
+    assert unpack(pickle.loads(pickle.dumps(packed))) == names
     with pytest.raises(IndexError):
         packed[5]
-    assert list(PackedStrings([])) == []
+    assert unpack(pack_names([])) == []
 
 
 def break_image(root: Path, name: str) -> Path:
@@ -168,8 +174,8 @@ def test_bad_image_is_replaced_by_the_next_good_one(make_folder: MakeFolder, cap
     bad = break_image(root, 'train/a/107.jpg')
     break_image(root, 'train/a/108.jpg')
     with pytest.raises(BadImageError, match=r'107\.jpg cannot be read .* --on-bad-image skip'):
-        list(build_datasets('FOLDER', str(root)).train)  # type: ignore[call-overload]
-    train = build_datasets('FOLDER', str(root), skip_bad_images=True).train
+        list(build_datasets(DataSource('FOLDER', str(root))).train)  # type: ignore[call-overload]
+    train = build_datasets(DataSource('FOLDER', str(root)), skip_bad_images=True).train
     assert train is not None
     position = [path for path, _ in train.samples].index(str(bad))
     image, target = train[position]
@@ -188,7 +194,7 @@ def test_more_than_one_percent_of_bad_images_fail(make_folder: MakeFolder) -> No
     root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=60)
     for number in (3, 4):
         break_image(root, f'train/a/{number}.jpg')
-    train = build_datasets('FOLDER', str(root), skip_bad_images=True).train
+    train = build_datasets(DataSource('FOLDER', str(root)), skip_bad_images=True).train
     with pytest.raises(InputError, match='2 of 120 images cannot be read, more than 1%'):
         list(train)  # type: ignore[call-overload]
 
@@ -230,7 +236,9 @@ def _targets(samples: list[tuple[Any, int]]) -> list[int]:
 
 @pytest.mark.parametrize('context', ['fork', 'spawn', 'forkserver'])
 def test_file_data_sets_reach_processes_however_they_start(make_folder: MakeFolder, context: str) -> None:
-    train = build_datasets('FOLDER', str(make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=3))).train
+    train = build_datasets(
+        DataSource('FOLDER', str(make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=3)))
+    ).train
     assert train is not None
     loader = DataLoader(train, batch_size=3, num_workers=1, collate_fn=_targets, multiprocessing_context=context)
     assert list(loader) == [[0, 0, 0], [1, 1, 1]]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import DATA_SETS, DOMAINNET, build_datasets, stratified_part
+from datasets import DATA_SETS, DOMAINNET, DataSource, build_datasets, stratified_part
 from main import main
 from tests.conftest import PLAIN, SMALL_MODEL, make_lists
 from utils import InputError, UsageError
@@ -37,7 +37,7 @@ def test_lists_share_one_class_map(tmp_path: Path, where: str) -> None:
     if 'inside' in where:
         for split in PAINTING:
             (root / f'painting_{split}.txt').rename(root / 'painting' / f'painting_{split}.txt')
-    splits = build_datasets('painting', str(root / 'painting' if 'domain folder' in where else root))
+    splits = build_datasets(DataSource('painting', str(root / 'painting' if 'domain folder' in where else root)))
     assert splits.train is not None and splits.num_classes == 345
     assert labels(splits.train) == {'zebra': 0, 'syringe': 2, 'apple': 3}
     assert labels(splits.val) == {'zebra': 0, 't-shirt': 1, 'apple': 3}
@@ -52,7 +52,7 @@ def test_lists_share_one_class_map(tmp_path: Path, where: str) -> None:
 
 
 def test_counts_of_the_published_table(tmp_path: Path) -> None:
-    notes = build_datasets('painting', str(make_lists(tmp_path, 'painting', PAINTING))).notes
+    notes = build_datasets(DataSource('painting', str(make_lists(tmp_path, 'painting', PAINTING)))).notes
     assert any('6 train images, painting is published with 50416' in note for note in notes)
     assert any('6 val images, painting is published with 21850' in note for note in notes)
     assert sum(sum(DATA_SETS[name].images) for name in DOMAINNET) == 586575  # the paper's total
@@ -60,47 +60,47 @@ def test_counts_of_the_published_table(tmp_path: Path) -> None:
 
 def test_a_folder_that_has_both_layouts(tmp_path: Path, make_folder: MakeFolder) -> None:
     root = make_lists(make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}), 'painting', PAINTING)
-    splits = build_datasets('painting', str(root))
+    splits = build_datasets(DataSource('painting', str(root)))
     assert len(splits.val) == 6 and any('the lists are used' in note for note in splits.notes)
-    splits = build_datasets('painting', str(root), data_layout='folder')
+    splits = build_datasets(DataSource('painting', str(root), layout='folder'))
     assert len(splits.val) == 16 and splits.val.classes == ['a', 'b']
-    splits = build_datasets('painting', str(root), data_layout='lists')
+    splits = build_datasets(DataSource('painting', str(root), layout='lists'))
     assert len(splits.val) == 6 and not any('are used' in note for note in splits.notes)
 
 
 def test_a_class_named_train_is_no_split(tmp_path: Path) -> None:
     rows = {split: [('train/1.jpg', 1), ('bus/1.jpg', 0)] for split in ('train', 'test')}
     root = make_lists(tmp_path, 'real', rows)
-    splits = build_datasets('real', str(root / 'real'))
+    splits = build_datasets(DataSource('real', str(root / 'real')))
     assert splits.val.classes == ['bus', 'train'] and not any('are used' in note for note in splits.notes)
     (root / 'real_train.txt').unlink()
     (root / 'real_test.txt').unlink()
     with pytest.raises(InputError, match=r'neither the lists real_train\.txt'):
-        build_datasets('real', str(root))
+        build_datasets(DataSource('real', str(root)))
 
 
 def test_folders_of_a_domain_below_the_root(make_folder: MakeFolder) -> None:
     root = make_folder({'train': ['b', 'a'], 'val': ['a']}, name='sketch')
     for path in (root, root.parent):
-        assert labels(build_datasets('sketch', str(path)).train) == {'a': 0, 'b': 1}
+        assert labels(build_datasets(DataSource('sketch', str(path))).train) == {'a': 0, 'b': 1}
     (root / 'classes.txt').write_text('b\nc\na\n')
-    splits = build_datasets('sketch', str(root))
+    splits = build_datasets(DataSource('sketch', str(root)))
     assert labels(splits.train) == {'a': 2, 'b': 0} and splits.val.classes == ['b', 'c', 'a']
     for text, message in (('b\n', r'lacks 1 class folder \(a\)'), ('a\nb\na\n', 'names a class twice')):
         (root / 'classes.txt').write_text(text)
         with pytest.raises(InputError, match=message):
-            build_datasets('sketch', str(root))
+            build_datasets(DataSource('sketch', str(root)))
 
 
 def test_any_lists_as_folder(tmp_path: Path) -> None:
     root = make_lists(tmp_path, 'cartoon', PAINTING)
-    assert build_datasets('FOLDER', str(root)).num_classes == 4
+    assert build_datasets(DataSource('FOLDER', str(root))).num_classes == 4
     make_lists(root, 'photo', PAINTING)
     with pytest.raises(InputError, match=r'lists of cartoon, photo: choose one with --data-path .*cartoon'):
-        build_datasets('FOLDER', str(root))
-    assert len(build_datasets('FOLDER', str(root / 'photo')).val) == 6
+        build_datasets(DataSource('FOLDER', str(root)))
+    assert len(build_datasets(DataSource('FOLDER', str(root / 'photo'))).val) == 6
     with pytest.raises(InputError, match='no folder train'):
-        build_datasets('FOLDER', str(root), data_layout='folder')
+        build_datasets(DataSource('FOLDER', str(root), layout='folder'))
 
 
 @pytest.mark.parametrize(
@@ -125,19 +125,19 @@ def test_wrong_lists(tmp_path: Path, line: str, message: str) -> None:
     with open(root / 'painting_train.txt', 'a') as file:
         file.write(line + '\n')
     with pytest.raises(InputError, match=message):
-        build_datasets('painting', str(root))
+        build_datasets(DataSource('painting', str(root)))
 
 
 def test_missing_lists(tmp_path: Path) -> None:
     root = make_lists(tmp_path, 'painting', PAINTING)
     (root / 'painting_test.txt').write_text('')
     with pytest.raises(InputError, match=r'painting_test\.txt is empty'):
-        build_datasets('painting', str(root))
+        build_datasets(DataSource('painting', str(root)))
     (root / 'painting_test.txt').unlink()
     with pytest.raises(InputError, match=r'painting_test\.txt: no such list'):
-        build_datasets('painting', str(root))
+        build_datasets(DataSource('painting', str(root)))
     with pytest.raises(InputError, match=r'has no lists clipart_train\.txt'):
-        build_datasets('clipart', str(root), data_layout='lists')
+        build_datasets(DataSource('clipart', str(root), layout='lists'))
 
 
 @pytest.mark.parametrize('name', ['FOLDER', 'TINYIMNET'])
@@ -148,18 +148,18 @@ def test_tiny_imagenet_as_it_is_unpacked(make_folder: MakeFolder, name: str) -> 
     rows = [('1.jpg', 'n01'), ('0.jpg', 'n02'), ('2.jpg', 'n02')]
     text = ''.join(f'{file}\t{wnid}\t0\t0\t62\t62\n' for file, wnid in rows)
     (root / 'val' / 'val_annotations.txt').write_text(text)
-    splits = build_datasets(name, str(root))
+    splits = build_datasets(DataSource(name, str(root)))
     assert splits.num_classes == (200 if name == 'TINYIMNET' else 2)
     assert splits.train is not None and splits.train.targets.tolist() == [0, 0, 0, 1, 1, 1]
     assert [splits.val.name(i) for i in range(3)] == [f'val/images/{i}.jpg' for i in range(3)]
     assert splits.val.targets.tolist() == [1, 0, 1]
-    assert splits.val.targets.tolist() == build_datasets(name, str(root), train=False).val.targets.tolist()
+    assert splits.val.targets.tolist() == build_datasets(DataSource(name, str(root)), train=False).val.targets.tolist()
     (root / 'val' / 'val_annotations.txt').write_text(text + '7.jpg\tn01\t0\t0\t1\t1\n')
     with pytest.raises(InputError, match='1 of the 4 images'):
-        build_datasets(name, str(root))
+        build_datasets(DataSource(name, str(root)))
     (root / 'val' / 'val_annotations.txt').write_text('0.jpg n01\n')
     with pytest.raises(InputError, match='line 1'):
-        build_datasets(name, str(root))
+        build_datasets(DataSource(name, str(root)))
 
 
 def make_inaturalist(root: Path, *, year: int = 2018, with_super: bool = True) -> Path:
@@ -192,18 +192,18 @@ def make_inaturalist(root: Path, *, year: int = 2018, with_super: bool = True) -
 @pytest.mark.parametrize(('name', 'year'), [('INAT', 2018), ('INAT19', 2019)])
 def test_inaturalist_in_both_layouts(tmp_path: Path, name: str, year: int, with_super: bool) -> None:
     root = make_inaturalist(tmp_path, year=year, with_super=with_super)
-    splits = build_datasets(name, str(root))
+    splits = build_datasets(DataSource(name, str(root)))
     assert splits.train is not None and splits.num_classes == 4
     assert splits.train.classes == ['name 3', 'name 1', 'name 4', 'name 0']  # by first appearance
     assert splits.train.targets.tolist() == [1, 3, 2, 1, 0]  # the images' order is the reverse
     assert splits.val.targets.tolist() == [2, 0, 1, 3]
     assert splits.val[0][0].size == (20, 20)
-    by_genus = build_datasets(name, str(root), inat_category='genus', train=False)
+    by_genus = build_datasets(DataSource(name, str(root), inat_category='genus'), train=False)
     assert by_genus.val.classes == ['genus 1', 'genus 0', 'genus 2'] and by_genus.num_classes == 3
 
 
 def test_inaturalist_supercategory(tmp_path: Path) -> None:
-    splits = build_datasets('INAT', str(make_inaturalist(tmp_path)), inat_category='supercategory')
+    splits = build_datasets(DataSource('INAT', str(make_inaturalist(tmp_path)), inat_category='supercategory'))
     assert splits.val.classes == ['Aves', 'Plantae']
 
 
@@ -216,7 +216,7 @@ def change_json(path: Path, change: Callable[[Any], Any]) -> None:
 def test_inaturalist_errors(tmp_path: Path) -> None:
     def expect(message: str, name: str = 'INAT', **kwargs: Any) -> None:
         with pytest.raises(InputError, match=message):
-            build_datasets(name, str(root), **kwargs)
+            build_datasets(DataSource(name, str(root), **kwargs))
 
     root = make_inaturalist(tmp_path)
     expect("unknown category 'species'; known are kingdom", inat_category='species')
@@ -247,10 +247,10 @@ def test_inaturalist_errors(tmp_path: Path) -> None:
 
 def test_flags_that_mean_nothing_for_a_data_set_are_refused(make_folder: MakeFolder) -> None:
     root = str(make_folder({'train': ['a', 'b'], 'val': ['a']}))
-    for kwargs in ({'data_layout': 'lists'}, {'inat_category': 'genus'}, {'verify_records': True}):
+    for kwargs in ({'layout': 'lists'}, {'inat_category': 'genus'}, {'verify': True}):
         for name in ('IMNET', 'DIGITS'):
             with pytest.raises(UsageError):
-                build_datasets(name, root, **kwargs)
+                build_datasets(DataSource(name, root, **kwargs))
 
 
 def test_inaturalist_of_wrong_types(tmp_path: Path) -> None:
@@ -268,9 +268,9 @@ def test_inaturalist_of_wrong_types(tmp_path: Path) -> None:
     for name, change in changes:
         change_json(root / name, change)
         with pytest.raises(InputError, match=name):
-            build_datasets('INAT', str(root))
+            build_datasets(DataSource('INAT', str(root)))
         (root / name).write_text(whole[root / name])
-    build_datasets('INAT', str(root))
+    build_datasets(DataSource('INAT', str(root)))
 
 
 def test_evaluation_keeps_the_class_numbers_of_the_checkpoint(
@@ -311,12 +311,12 @@ def test_unreadable_folders_are_no_empty_ones(make_folder: MakeFolder, monkeypat
 
     monkeypatch.setattr(os, 'scandir', deny)
     with pytest.raises(InputError, match='train/b: Permission denied'):
-        build_datasets('FOLDER', str(root))
+        build_datasets(DataSource('FOLDER', str(root)))
 
 
 def test_images_listed_twice_are_noted(tmp_path: Path) -> None:
     rows = {**PAINTING, 'test': [*PAINTING['test'], PAINTING['train'][0]]}
-    notes = build_datasets('painting', str(make_lists(tmp_path, 'painting', rows))).notes
+    notes = build_datasets(DataSource('painting', str(make_lists(tmp_path, 'painting', rows)))).notes
     assert any('name 1 image (painting/zebra/1.jpg) more than once' in note for note in notes)
 
 
@@ -339,7 +339,7 @@ def test_stratified_parts_lie_inside_larger_ones() -> None:
 
 def test_training_on_a_part(make_folder: MakeFolder, capsys: pytest.CaptureFixture) -> None:
     root = make_folder({'train': ['a', 'b', 'c'], 'val': ['a', 'b', 'c']}, images=8)
-    splits = build_datasets('FOLDER', str(root), train_fraction=0.5)
+    splits = build_datasets(DataSource('FOLDER', str(root)), train_fraction=0.5)
     assert (
         splits.train is not None and np.bincount(splits.train.targets).tolist() == [4, 4, 4] and len(splits.val) == 24
     )

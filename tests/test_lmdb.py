@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import folder2lmdb
-from datasets import build_datasets
+from datasets import DataSource, build_datasets
 from folder2lmdb import check_lmdb
 from main import main
 from pipeline.images import BadImageError
@@ -67,8 +67,8 @@ def edit(path: Path) -> Iterator[lmdb.Transaction]:
 
 
 def assert_same(root: Path, name: str, **kwargs: Any) -> None:
-    files = build_datasets(name, str(root), **kwargs)
-    records = build_datasets(name, str(root), use_lmdb=True, **kwargs)
+    files = build_datasets(DataSource(name, str(root), **kwargs))
+    records = build_datasets(DataSource(name, str(root), use_lmdb=True, **kwargs))
     assert records.num_classes == files.num_classes
     for one, other in zip(files[:2], records[:2], strict=True):
         assert one is not None and isinstance(other, ImageFolderLMDB)
@@ -99,13 +99,13 @@ def test_inaturalist(tmp_path: Path, category: str, capsys: pytest.CaptureFixtur
     build(root, '--data-set', 'INAT', '--inat-category', category)
     assert_same(root, 'INAT', inat_category=category)
     with pytest.raises(InputError, match=f'has the labels of {category}, not of family'):
-        build_datasets('INAT', str(root), use_lmdb=True, inat_category='family')
+        build_datasets(DataSource('INAT', str(root), use_lmdb=True, inat_category='family'))
 
 
 def test_data_sets_in_memory_become_pngs(tmp_path: Path) -> None:
     build(tmp_path, '--data-set', 'DIGITS')
     assert_same(tmp_path, 'DIGITS')
-    assert build_datasets('DIGITS', str(tmp_path), use_lmdb=True).val.name(0).endswith('/000000.png')
+    assert build_datasets(DataSource('DIGITS', str(tmp_path), use_lmdb=True)).val.name(0).endswith('/000000.png')
 
 
 def test_training_gives_the_same_tensors_and_the_same_weights(folder: Path, tmp_path: Path) -> None:
@@ -113,12 +113,10 @@ def test_training_gives_the_same_tensors_and_the_same_weights(folder: Path, tmp_
     batches, lines = [], []
     for use_lmdb in (False, True):
         splits = build_datasets(
-            'FOLDER',
-            str(folder),
-            use_lmdb=use_lmdb,
-            train_transform=build_transform(train=True, input_size=32),
+            DataSource('FOLDER', str(folder), use_lmdb=use_lmdb),
             train_fraction=0.8,
         )
+        splits.train.transform = build_transform(train=True, input_size=32)
         loader: Any = DataLoader(
             splits.train,  # type: ignore[arg-type]
             batch_size=8,
@@ -374,12 +372,12 @@ def test_domains_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     root = make_lists(make_lists(tmp_path, 'painting', PAINTING), 'sketch', PAINTING)
     build(root, '--data-set', 'painting')
     with pytest.raises(InputError, match='holds painting, not sketch'):
-        build_datasets('sketch', str(root), use_lmdb=True)
+        build_datasets(DataSource('sketch', str(root), use_lmdb=True))
     argv = ['--dir', str(root), '--data-set', 'sketch']
     assert 'holds other images (painting)' in build_fails(capsys, argv)
     build(root, '--data-set', 'sketch', '--out', str(root / 'sketch'))
     (root / 'val.lmdb').unlink()
-    assert len(build_datasets('sketch', str(root), use_lmdb=True).val) == 6
+    assert len(build_datasets(DataSource('sketch', str(root), use_lmdb=True)).val) == 6
 
 
 def test_wrong_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import build_datasets, load_digits
+from datasets import DataSource, build_datasets, load_digits
 from folder2lmdb import write_lmdb
 from main import main as train
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
@@ -96,7 +96,7 @@ def test_csv_and_json_lines_agree(made: Made, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_inputs_of_all_kinds_in_their_order(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = build_datasets('FOLDER', str(made.root), train=False)
+    splits = build_datasets(DataSource('FOLDER', str(made.root)), train=False)
     write_lmdb(splits.val, tmp_path / 'val.lmdb', data_set='FOLDER', workers=0)
     images = sorted(map(str, made.root.glob('val/3/*.png')))[:6]
     (tmp_path / 'folder' / 'deep').mkdir(parents=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from datasets import build_datasets
+from datasets import DataSource, build_datasets
 from tests.conftest import ROOT, make_lists
 from tests.test_layouts import CLASSES, PAINTING
 from tools.prepare_domainnet import METHODS, main
@@ -45,7 +45,7 @@ def fails(capsys: pytest.CaptureFixture, *argv: str, code: int = 1) -> tuple[str
 
 
 def assert_labels_of_the_lists(download: Path, out: Path) -> None:
-    lists, folders = (build_datasets('painting', str(root)) for root in (download, out))
+    lists, folders = (build_datasets(DataSource('painting', str(root))) for root in (download, out))
     for one, other in zip(lists[:2], folders[:2], strict=True):
         assert one is not None and other is not None and other.classes == one.classes
         by_name = dict(zip([Path(path).name for path, _ in other.samples], other.targets, strict=True))
@@ -159,7 +159,7 @@ def test_missing_files(download: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert not out.exists()
     main([str(download), str(out), '--allow-missing'])
     assert '3 missing' in capsys.readouterr().out
-    splits = build_datasets('painting', str(out))
+    splits = build_datasets(DataSource('painting', str(out)))
     assert splits.train is not None and (len(splits.train), len(splits.val)) == (5, 4)
     assert splits.val.class_to_idx == CLASSES  # t-shirt keeps its place although no image of it is left
 

@@ -20,7 +20,7 @@ from config.arguments import get_args_parser, parse_args
 from config.models import recompute_blocks
 from datasets import load_digits
 from main import main
-from pipeline.loaders import CachedEvaluation, CachedTraining, Prefetched, build_loaders
+from pipeline.loaders import CachedEvaluation, CachedTraining, LoaderOptions, Prefetched, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
 from tests.conftest import PLAIN, SMALL_MODEL
@@ -32,24 +32,20 @@ from utils import UsageError
 CPU = torch.device('cpu')
 MakeFolder = Callable[..., Path]
 DIGITS = [*SMALL_MODEL, '--data-set', 'DIGITS', '--device', 'cpu', '--no-report']
-SETTINGS: dict[str, Any] = {
-    'no_aug': False, 'hflip': 0.5, 'color_jitter': 0.4, 'auto_augment': 'rand-m9-mstd0.5-inc1',
-    'interpolation': 'bicubic', 're_prob': 0.25, 're_mode': 'pixel', 're_count': 1, 'resplit': False,
-}  # fmt: skip
 
 
 def settings(**changes: Any) -> Augmentation:
-    return Augmentation(**{'input_size': 16, **SETTINGS, **changes})
+    return Augmentation(**{'input_size': 16, **changes})
 
 
 def loaders(augmentation: Augmentation, **kwargs: Any) -> tuple[Any, Any, str]:
-    train = load_digits(train=True, transform=augmentation.transform(train=True))
-    val = load_digits(train=False, transform=augmentation.transform(train=False))
+    train, val = load_digits(train=True), load_digits(train=False)
     batches = TrainBatches(len(train), batch_size=64)
-    options = {'seed': 0, 'device': CPU, 'workers': 0, **kwargs}
+    options = LoaderOptions(**{'device': CPU, 'workers': 0, **kwargs})
     return build_loaders(
-        train, val, batches=batches, shard=EvalSampler(val), eval_batch_size=96, augmentation=augmentation, **options
-    )
+        train, val, batches=batches, shard=EvalSampler(val), eval_batch_size=96, augmentation=augmentation, seed=0,
+        options=options,
+    )  # fmt: skip
 
 
 def batches_of(loader: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -100,18 +96,18 @@ def test_policies_that_are_not_covered(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_large_images_are_cropped_in_the_loader(make_folder: MakeFolder) -> None:
     """Above 32 px each draw has its own crop: equal for equal draws, whatever the number of loader processes."""
-    from datasets import build_datasets
+    from datasets import DataSource, build_datasets
 
     root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, size=60)
     found = []
     for workers in (0, 1):
         augmentation = settings(input_size=48)
-        splits = build_datasets('FOLDER', str(root), val_transform=augmentation.transform(train=False))
+        splits = build_datasets(DataSource('FOLDER', str(root)))
         assert splits.train is not None
         loader, _, kind = build_loaders(
             splits.train, splits.val, batches=TrainBatches(16, batch_size=8, repeated=True),
-            shard=EvalSampler(splits.val), eval_batch_size=8, augmentation=augmentation, seed=1, device=CPU,
-            workers=workers, augment='batched'
+            shard=EvalSampler(splits.val), eval_batch_size=8, augmentation=augmentation, seed=1,
+            options=LoaderOptions(device=CPU, workers=workers, augment='batched')
         )  # fmt: skip
         assert kind == 'batched' and not isinstance(loader, CachedTraining)
         found.append(batches_of(loader))

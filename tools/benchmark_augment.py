@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, SEED, FlagParser
 from pipeline.augment import OPS, BatchedAugment, apply_op
 from pipeline.images import decode, image_extensions
-from pipeline.transforms import SMALL_IMAGE, build_transform
+from pipeline.transforms import Augmentation
 from training.devices import find_device
 from training.distributed import Process
 from utils import InputError, seed_all
@@ -120,8 +120,8 @@ def measure_rates(
     images: Sequence[Image.Image], *, input_size: int, aa: str, seed: int, rounds: int, device: torch.device
 ) -> None:
     """Prints images per second of timm's pipeline and of both batched ones, on one batch."""
-    transform: Any = build_transform(train=True, input_size=input_size, auto_augment=aa)
-    small = input_size <= SMALL_IMAGE
+    settings = Augmentation(input_size=input_size, auto_augment=aa)
+    transform: Any = settings.transform(train=True)
     transform.transforms = transform.transforms[1:]  # without the resize, or the random resized crop
     batch = to_batch(images).to(device)
     numbers = torch.arange(len(images))
@@ -130,10 +130,7 @@ def measure_rates(
         return torch.stack([transform(image) for image in images])
 
     def batched(exact: bool) -> Callable[[int], Tensor]:
-        augment = BatchedAugment(
-            input_size=input_size, seed=seed, crop='pad' if small else 'none', auto_augment=aa,
-            mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, exact=exact,
-        )  # fmt: skip
+        augment = BatchedAugment(settings, seed=seed, exact=exact)
 
         def run(epoch: int) -> Tensor:
             draws = torch.stack([numbers, torch.full_like(numbers, epoch), torch.zeros_like(numbers)], dim=1)

@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, FlagParser
-from datasets import FileDataset, build_datasets
+from datasets import DataSource, build_datasets
 from folder2lmdb import write_lmdb
+from pipeline.file_dataset import FileDataset
 from pipeline.layouts import Split
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from pipeline.transforms import build_transform
@@ -101,7 +102,7 @@ def speed(folder: Path, *, input_size: int, images: int | None, rounds: int, wor
     Raises:
         InputError: if the folder cannot be read.
     """
-    files = build_datasets('FOLDER', str(folder), data_layout='folder').train
+    files = build_datasets(DataSource('FOLDER', str(folder), layout='folder')).train
     assert isinstance(files, FileDataset)
     images = min(images or len(files), len(files))
     if images < max(workers):
@@ -127,8 +128,9 @@ def speed(folder: Path, *, input_size: int, images: int | None, rounds: int, wor
             ImageFolder(root, loader=loader, transform=change)
             for loader, change in ((read_bytes, None), (default_loader, None), (default_loader, transform))
         )
-        full_files = build_datasets('FOLDER', str(folder), data_layout='folder', train_transform=transform).train
+        full_files = build_datasets(DataSource('FOLDER', str(folder), layout='folder')).train
         assert full_files is not None
+        full_files.transform = transform
         full_files.select(numbers)
         full_records = ImageFolderLMDB(path, transform)
         for image_folder in (raw, plain, full):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, FlagParser, usable_workers
 from config.pretrained import fold_if_equal, load_trained
-from pipeline.images import PackedStrings, Transform, decode, image_extensions
+from pipeline.images import Transform, decode, image_extensions, pack_names
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from pipeline.transforms import build_transform
 from pipeline.workers import ignore_signals, no_children_left
@@ -76,16 +76,16 @@ class _File:
     """An image in a file of its own."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = PackedStrings(paths)
+        self.paths = pack_names(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        return self.paths[index]
+        return os.fsdecode(self.paths[index])
 
     def raw(self, index: int) -> bytes:
-        return Path(self.paths[index]).read_bytes()
+        return Path(self.path(index)).read_bytes()
 
 
 class _Records:

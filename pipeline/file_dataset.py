@@ -1,0 +1,68 @@
+"""Data sets of image files, and of images in memory."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.images import ImageDataset, Transform, pack_names
+from pipeline.layouts import Split
+
+
+class FileDataset(ImageDataset):
+    """Images that are files below a folder."""
+
+    def __init__(
+        self, split: Split, classes: Sequence[str], transform: Transform | None = None, *, on_bad_image: str = 'stop'
+    ) -> None:
+        self.root = str(split.root)
+        self._paths = pack_names(split.paths)
+        labels = np.array(split.targets, dtype=np.int64)
+        super().__init__(labels, classes, transform, on_bad_image=on_bad_image)
+
+    def _name(self, position: int) -> str:
+        return os.fsdecode(self._paths[position])
+
+    def _path(self, position: int) -> str:
+        return os.path.join(self.root, self._name(position))  # noqa: PTH118  ten times as fast as pathlib
+
+    def _raw(self, position: int) -> bytes:
+        with open(self._path(position), 'rb') as file:
+            return file.read()
+
+    def file_size(self, index: int) -> int:
+        return Path(self.path(index)).stat().st_size
+
+
+class ArrayDataset(ImageDataset):
+    """Images that are held in memory.
+
+    Args:
+        images: uint8, (n, H, W, 3), or (n, H, W) if grey.
+        targets: class indices, (n,).
+    """
+
+    def __init__(
+        self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], transform: Transform | None = None
+    ) -> None:
+        self.images = images
+        super().__init__(np.array(targets, dtype=np.int64), classes, transform)
+
+    def _content(self) -> bytes:
+        return np.ascontiguousarray(self.images).tobytes()
+
+    def _name(self, position: int) -> str:
+        return f'{self.classes[self._labels()[position]]}/{position:06d}.png'
+
+    def _image(self, position: int) -> Image.Image:
+        return Image.fromarray(self.images[position]).convert('RGB')
+
+    def _raw(self, position: int) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(self.images[position]).save(file, 'PNG')
+        return file.getvalue()
