@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Fine-tunes from a checkpoint:  bash finetune.sh CHECKPOINT RECIPE [further flags of main.py]
 #
-# CHECKPOINT is a path or a URL. RECIPE is one of run_code.sh's: it says the data set; digits is tuned at 32 px from a
-# CIFAR model, the others at 224 px from an ImageNet model.
+# CHECKPOINT is a file's path or URL, or a run's folder; it says the model, unless MODEL does. RECIPE is one of
+# run_code.sh's: it says the data set; digits is tuned at 32 px from a CIFAR model, the others at 224 px from an ImageNet
+# model.
 #
 # Published values: total batch 256, learning rate 5e-4 (per 512), at the end 1e-6, weight decay 1e-8, warm-up 2,
 # 100 epochs, no repeated augmentation; evit, from a DeiT-S or an EViT on ImageNet: total batch 2048, 2e-5 (per 512),
@@ -28,7 +29,7 @@ shift 2
 case $checkpoint in
     *://*) ;;
     *)
-        if [ ! -f "$checkpoint" ]; then
+        if [ ! -e "$checkpoint" ]; then
             echo "error: $checkpoint: no such checkpoint file" >&2
             exit 1
         fi
@@ -36,9 +37,10 @@ case $checkpoint in
 esac
 data_flags "$recipe"
 
+model='' # the checkpoint's
 case $recipe in
     digits)
-        model=dhvt_tiny_cifar_patch4 total=64 NPROC=${NPROC:-1}
+        total=64 NPROC=${NPROC:-1}
         # In training mode: the statistics of photographs are no use on digits (docs/recipes.md has both figures).
         flags=(--input-size 32 --epochs 5 --lr 4e-3 --warmup-epochs 0 --train-mode --aa none --color-jitter 0
             --hflip 0 --reprob 0 --mixup 0 --cutmix 0 --no-repeated-aug --no-model-ema --num_workers 0)
@@ -49,12 +51,10 @@ case $recipe in
             --base_keep_rate 0.7 --fuse_token --shrink_start_epoch 0 --shrink_epochs 0)
         ;;
     *)
-        model=dhvt_tiny_imagenet_patch16 total=256
+        total=256
         flags=(--input-size 224 --epochs 100 --lr 5e-4 --min-lr 1e-6 --weight-decay 1e-8 --warmup-epochs 2
             --no-repeated-aug)
         ;;
 esac
-[ "$recipe" != deit ] || model=deit_small_patch16_224
-
 find_python
 launch "$recipe-finetune" "${MODEL:-$model}" "$total" --finetune "$checkpoint" "${flags[@]}" "$@"

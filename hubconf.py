@@ -71,15 +71,12 @@ def _entry_point(name: str, create: _typing.Callable[..., _typing.Any]) -> _typi
             return build(name, **kwargs)
         trained = _import_trained()
         loaded = trained.ckpt.load(checkpoint)
-        weights = trained.ckpt.model_weights(loaded, checkpoint)
-        stored = trained.ckpt.stored_args(loaded).get('model', name)
-        if stored != name:
-            raise ValueError(f'{checkpoint} is of {stored}, not of {name}')
-        img_size = kwargs.pop('img_size', None)
-        settings = trained.read_settings(loaded, weights, checkpoint, name=name, input_size=img_size)
-        model = build(name, **{'img_size': settings.input_size, **settings.kwargs, **kwargs})
-        trained.ckpt.load_whole(model, weights, checkpoint)
-        return model.eval()
+        weights = trained.model_weights(loaded, checkpoint)
+        size = kwargs.pop('img_size', None)
+        settings = trained.read_settings(loaded, weights, checkpoint, name=name, input_size=size, further=kwargs)
+        if settings.args.get('model', name) != name:
+            raise ValueError(f'{checkpoint} is of {settings.args["model"]}, not of {name}')
+        return settings.build(weights, checkpoint)
 
     entry_point.__name__ = name
     entry_point.__doc__ = (

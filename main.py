@@ -38,7 +38,8 @@ from training.ema import MovingAverage
 from training.output import OutputFolder
 from training.run import Run, RunSettings, Test, report_accuracy
 from training.signals import Interrupted, Interrupts
-from training.state import TrainState
+from training.state import MODEL_ARGUMENTS, TrainState, different_arguments, refuse_other_run
+from training.weights import class_names, load_fitting, load_whole, model_weights, stored_args
 from utils import InputError, from_main_process, get_rank, is_main_process, log, one_line, share_batchnorm_statistics
 
 
@@ -72,22 +73,16 @@ def find_start(args: argparse.Namespace, process: Process, output: OutputFolder)
     if args.auto_resume and not args.eval:
         found = from_main_process(output.newest())
         if found is not None:
-            return found[0], ckpt.from_bytes(found[1], found[0]), True
+            checkpoint = ckpt.from_bytes(found[1], found[0])
+            differences = different_arguments(stored_args(checkpoint), vars(args))
+            if differences.keys() & MODEL_ARGUMENTS and 'fingerprint' in checkpoint and not args.force_resume:
+                refuse_other_run(found[0], differences.values())
+            return found[0], checkpoint, True
     source = args.resume or args.finetune
     if not source:
         return '', {}, False
     with in_turn(process):  # a URL is downloaded once
-        return source, ckpt.load(source), bool(args.resume)
-
-
-def load_weights(model: nn.Module, checkpoint: dict[str, Any], source: str, *, whole: bool) -> None:
-    """Loads a checkpoint's weights: all of them, or for fine-tuning those that fit."""
-    weights = ckpt.model_weights(checkpoint, source)
-    if whole:
-        ckpt.load_whole(model, weights, source)
-        return
-    for misfit in ckpt.load_fitting(model, weights, source):
-        log(f'{source}: {misfit}')
+        return source, ckpt.load(source, newest=bool(args.resume) and not args.eval), bool(args.resume)
 
 
 def evaluate_only(
@@ -115,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     output = OutputFolder('' if args.eval else args.output_dir, export=args.export_safetensors)
     source, checkpoint, resumes = find_start(args, process, output)
     head_stays = resumes or args.eval
-    splits = load_splits(args, process, ckpt.class_names(checkpoint, source) if head_stays else None)
+    splits = load_splits(args, process, class_names(checkpoint, source) if head_stays else None)
     train_loader, val_loader, augmented = open_loaders(args, splits, process, device)
     for note in splits.notes:
         log(f'Note: {note}')
@@ -127,7 +122,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         put_channels_last(model)
     check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes)
     if source:
-        load_weights(model, checkpoint, source, whole=head_stays)
+        weights = model_weights(checkpoint, source)
+        if head_stays:
+            load_whole(model, weights, source)
+        else:
+            for line in load_fitting(model, weights, source, partial=args.allow_partial):
+                log(f'{source}: {line}')
     if args.test_speed:
         report_speed(args, model, device, amp_dtype)
 

@@ -7,7 +7,7 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from config.flags import AMOUNT, COUNT, FROM_ONE, PART, POSITIVE, PROBABILITY, S
 from config.models import keeps_tokens_by_rate
 from training import checkpoint as ckpt
 from training.output import holds_run
+from training.weights import stored_args
 from utils import InputError, UsageError
 
 # With --eval, flags that are not given are taken from the run that wrote the checkpoint.
@@ -23,6 +24,7 @@ RECALLED_FLAGS = (
     *('data_set', 'data_path', 'data_layout', 'inat_category', 'use_lmdb'),
     *('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs'),
 )
+MODEL_FLAGS = ('model', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'drop_loc')  # with --finetune, these are
 LAYOUT_FLAGS = ('data_layout', 'inat_category', 'use_lmdb')
 EVIT_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
 TEACHER_FLAGS = ('distillation_alpha', 'distillation_tau', 'teacher_model', 'teacher_path')
@@ -102,6 +104,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--opt-betas', nargs=2, type=PROBABILITY, help="betas; the optimizer's own by default")
     group.add_argument('--clip-grad', type=POSITIVE, metavar='NORM', help='largest gradient norm')
     group.add_argument('--momentum', default=0.9, type=PROBABILITY, help='of optimizers that have one')
+    group.add_argument('--layer-decay', type=PART, help="factor of the learning rate from each layer to the one before "
+                       "it, timm's: for fine-tuning")  # fmt: skip
     group.add_argument('--weight-decay', default=0.05, type=AMOUNT, help='of all but biases, norms and class token')
 
     group = parser.add_argument_group('learning rate schedule')
@@ -162,8 +166,17 @@ def get_args_parser() -> FlagParser:
 
     group = parser.add_argument_group('run')
     group.add_argument('--output_dir', default='', help='folder for checkpoints and logs; none by default')
-    group.add_argument('--finetune', default='', metavar='FILE', help='path or URL of the weights to start from')
-    group.add_argument('--resume', default='', metavar='FILE', help='path or URL of the checkpoint to go on from')
+    group.add_argument(
+        '--finetune',
+        default='',
+        metavar='FILE',
+        help="path or URL of the weights to start from, or a run's folder; the model is theirs unless given",
+    )
+    group.add_argument('--allow-partial', action='store_true', help='start although most of the model is not in '
+                       '--finetune')  # fmt: skip
+    group.add_argument(
+        '--resume', default='', metavar='FILE', help="path or URL of the checkpoint to go on from, or a run's folder"
+    )
     group.add_argument('--auto-resume', action=switch, default=False, help="go on from --output_dir's newest whole "
                        'checkpoint, if there is one')  # fmt: skip
     group.add_argument('--force-resume', action='store_true', help='go on although arguments or data differ from the '
@@ -205,10 +218,10 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def stored_flags(stored: dict[str, Any]) -> list[str]:
+def stored_flags(stored: Mapping[str, Any], names: Sequence[str] = RECALLED_FLAGS) -> list[str]:
     """The recalled flags of a run as they would be typed, so that the parser checks them like any others."""
     flags: list[str] = []
-    for name in RECALLED_FLAGS:
+    for name in names:
         value = stored.get(name)
         if name == 'model_kwargs' and value is not None:
             try:
@@ -242,20 +255,44 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.start_epoch and args.resume:
         raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
-    if args.eval and args.resume:
-        typed = sys.argv[1:] if argv is None else argv
-        typed_names = {arg.partition('=')[0].replace('_', '-') for arg in typed}
-        stored = ckpt.stored_args(ckpt.load(args.resume))
-        if '--data-set' in typed_names:  # how the other one lies says nothing about this one
-            stored = {name: value for name, value in stored.items() if name not in LAYOUT_FLAGS}
-        elif typed_names & {'--use-lmdb', '--no-use-lmdb'}:
-            stored = {**stored, 'data_layout': None}
-        if '--model' in typed_names and not keeps_tokens_by_rate(args.model):
-            stored = {name: value for name, value in stored.items() if name not in EVIT_FLAGS}
-        args = parser.parse_args([*stored_flags(stored), *typed])
-
+    typed = sys.argv[1:] if argv is None else argv
     check_args(args)
+    recalled = recalled_flags(args, {arg.partition('=')[0].replace('_', '-') for arg in typed})
+    if recalled:
+        args = parser.parse_args([*recalled, *typed])
+        check_args(args)
     return args
+
+
+def recalled_flags(args: argparse.Namespace, typed: set[str]) -> list[str]:
+    """What the run that wrote a checkpoint says in place of flags that are not typed.
+
+    Args:
+        typed: names of flags, with hyphens.
+
+    Raises:
+        InputError: if the checkpoint cannot be read.
+        UsageError: if it does not say its model, and the flags do not either.
+    """
+    if args.eval and args.resume:
+        stored = stored_args(ckpt.load(args.resume))
+        if '--data-set' in typed:  # how the other one lies says nothing about this one
+            stored = {name: value for name, value in stored.items() if name not in LAYOUT_FLAGS}
+        elif typed & {'--use-lmdb', '--no-use-lmdb'}:
+            stored = {**stored, 'data_layout': None}
+        if '--model' in typed and not keeps_tokens_by_rate(args.model):
+            stored = {name: value for name, value in stored.items() if name not in EVIT_FLAGS}
+        return stored_flags(stored)
+    if not args.finetune:
+        return []
+    goes_on = args.auto_resume and holds_run(Path(args.output_dir)) and not Path(args.finetune).exists()
+    stored = stored_args(ckpt.load(args.output_dir if goes_on else args.finetune, newest=goes_on))
+    name = stored.get('model')
+    if '--model' in typed:
+        return stored_flags(stored, MODEL_FLAGS[1:]) if name == args.model else []
+    if not isinstance(name, str):
+        raise UsageError(f'{args.finetune} does not say which model it is of: give --model (MODEL=… for finetune.sh)')
+    return stored_flags(stored, MODEL_FLAGS)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -291,6 +328,7 @@ def check_args(args: argparse.Namespace) -> None:
         *((trains and asked and not args.output_dir, f'{flag} needs a folder for checkpoints: --output_dir')
           for flag, asked in (('--auto-resume', args.auto_resume), ('--on-nan rewind', args.on_nan == 'rewind'),
                               ('--checkpoint-every', args.checkpoint_every is not None))),
+        (args.allow_partial and not args.finetune, '--allow-partial needs --finetune FILE'),
         (args.force_resume and not (args.resume or args.auto_resume),
          '--force-resume needs --resume FILE or --auto-resume'),
     ):  # fmt: skip

@@ -12,15 +12,14 @@ from torch import nn
 
 from config.arguments import EVIT_FLAGS, mixes_images
 from config.models import (
-    DEFAULT_TEACHER,
     check_output,
     create_model,
-    create_teacher,
     distribute,
     keeps_tokens_by_rate,
     recompute_blocks,
     synchronize_stem,
 )
+from config.teachers import DEFAULT_TEACHER, create_teacher
 from datasets import Splits
 from losses import DistillationLoss, Teacher, create_criterion
 from models import evit
@@ -110,7 +109,13 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
         kwargs['fused'] = True  # one kernel; on GPUs it skips steps that float16 spoils without a wait for the host
     try:
         optimizer = create_optimizer_v2(
-            model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **kwargs
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            layer_decay=args.layer_decay,
+            **kwargs,
         )
     except (ValueError, TypeError, RuntimeError, AssertionError) as err:
         raise UsageError(f'--opt {args.opt}: {one_line(err)}') from None

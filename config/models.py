@@ -8,17 +8,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import Teacher
 from models import ablations, evit  # and all models are registered with timm
 from models.dhvt import PointwiseConv
-from training import checkpoint as ckpt
-from utils import InputError, UsageError, one_line
+from utils import UsageError, one_line
 
-DEFAULT_TEACHER = 'regnety_160'
 EVIT_ARGUMENTS = ('base_keep_rate', 'fuse_token', 'drop_loc')
 
 
@@ -126,84 +122,6 @@ def create_model(
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
     return new_model('--model', name, input_size, {**kwargs, **evit_kwargs(evit_settings)})
-
-
-def _trained_teacher(
-    name: str | None, path: str, num_classes: int, classes: Sequence[str]
-) -> tuple[nn.Module, int, Mapping[str, Any]]:
-    """The teacher of a checkpoint, its image size, and its normalisation.
-
-    A checkpoint of this program or of the published codes says its model's arguments, and has ImageNet's normalisation
-    as they do; for other weights timm's settings of the model count.
-    """
-    name = name or DEFAULT_TEACHER
-    loaded = ckpt.load(path)
-    weights = ckpt.model_weights(loaded, path)
-    stored = ckpt.stored_args(loaded)
-    if not (isinstance(stored.get('data_set'), str) and isinstance(stored.get('input_size'), int)):
-        stored = {}  # of another program, whose arguments have other meanings
-    if stored.get('model', name) != name:
-        raise InputError(f'{path} is of {stored["model"]}: give that as --teacher-model, not {name}')
-    taught = loaded.get('classes')
-    if taught is not None and len(taught) == len(classes) and list(taught) != list(classes):
-        raise InputError(f'the teacher {path} has other classes than the data set, or in another order')
-    cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
-    classifier = cfg.classifier if cfg is not None else None
-    head = weights.get(f'{classifier[0] if isinstance(classifier, (list, tuple)) else classifier}.weight')
-    if head is not None and len(head) != num_classes:
-        raise InputError(f'the teacher {path} has {len(head)} classes, the data set has {num_classes}')
-    settings = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg is not None else {})
-    size = int(stored.get('input_size', settings['input_size'][-1]))
-    kwargs = {**dict(stored.get('model_kwargs') or []), **evit_kwargs(stored), 'num_classes': num_classes}
-    model = new_model('--teacher-model', name, size, kwargs)
-    ckpt.load_whole(model, weights, path)
-    return model, size, {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD} if stored else settings
-
-
-def _pretrained_teacher(name: str, input_size: int, num_classes: int) -> tuple[nn.Module, int, Mapping[str, Any]]:
-    """The teacher with timm's weights, its image size, and its normalisation."""
-    if not timm.is_model(name):
-        new_model('--teacher-model', name, input_size, {})
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as err:  # whatever timm and the hub raise where there are no weights or no network
-        raise InputError(f"cannot get timm's weights of {name} ({one_line(err)}): give --teacher-path FILE") from None
-    if model.num_classes != num_classes:
-        raise InputError(
-            f"timm's weights of {name} have {model.num_classes} classes, the data set has {num_classes}: "
-            'give --teacher-path FILE'
-        )
-    settings = timm.data.resolve_data_config(model=model)
-    return model, settings['input_size'][-1], settings
-
-
-def create_teacher(
-    name: str | None, path: str | None, *, input_size: int, num_classes: int, classes: Sequence[str]
-) -> Teacher:
-    """The teacher of distillation, at the image size and the normalisation that it was trained with.
-
-    Args:
-        name: of timm's registry, `DEFAULT_TEACHER` if None.
-        path: of its checkpoint; timm's weights if there is none.
-        input_size: the student's images, in pixels.
-        num_classes, classes: the data set's.
-
-    Raises:
-        UsageError: if timm does not know the model.
-        InputError: if the weights cannot be had, or are for another number of classes.
-    """
-    if path:
-        model, size, own = _trained_teacher(name, path, num_classes, classes)
-    else:
-        model, size, own = _pretrained_teacher(name or DEFAULT_TEACHER, input_size, num_classes)
-    return Teacher(
-        model,
-        input_size=size,
-        mean=own['mean'],
-        std=own['std'],
-        student_mean=IMAGENET_DEFAULT_MEAN,
-        student_std=IMAGENET_DEFAULT_STD,
-    )
 
 
 def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int, flag: str = '--model') -> None:

@@ -1,4 +1,4 @@
-"""The model of a checkpoint with what is needed to use it: what predict.py, export.py and hubconf.py share."""
+"""The model of a checkpoint with what is needed to use it: for tools, reports, teachers and the hub."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from config.models import check_kwargs, constructor_arguments, evit_kwargs, new_model
 from models.folding import fold_batchnorm
 from training import checkpoint as ckpt
+from training.weights import class_names, load_whole, model_weights, stored_args
 from utils import InputError, UsageError
 
 TOLERANCE = 1e-5  # of folding, as a part of the largest logit where that is above 1
@@ -35,6 +36,12 @@ class Settings:
     std: tuple[float, ...]
     args: dict[str, Any]
 
+    def build(self, weights: Mapping[str, Tensor], source: str, *, flag: str = '--model') -> nn.Module:
+        """The model with these weights, which must fit exactly, on the CPU in eval mode."""
+        model = new_model(flag, self.name, self.input_size, self.kwargs)
+        load_whole(model, weights, source)
+        return model.eval()
+
 
 def _size_of_head(name: str, weights: Mapping[str, Tensor]) -> int | None:
     cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
@@ -52,6 +59,8 @@ def read_settings(
     *,
     name: str | None = None,
     input_size: int | None = None,
+    default_size: int | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Settings:
     """What a checkpoint says of its model.
 
@@ -59,25 +68,28 @@ def read_settings(
         weights: the checkpoint's, which say the size of the head.
         source: the checkpoint's name, for messages.
         name, input_size: of the model, and pixels, in place of what the checkpoint says, or where it does not.
+        default_size: pixels, where the checkpoint does not say.
+        further: arguments of the constructor, in place of the checkpoint's.
 
     Raises:
         UsageError: if it does not say its model or its size, and the arguments do not either.
         InputError: if what it says is of another kind than this program writes.
     """
-    stored = ckpt.stored_args(checkpoint)
+    stored = stored_args(checkpoint)
     name = name or stored.get('model')
     if not isinstance(name, str):
         raise UsageError(f'{source} does not say which model it is of: give --model NAME and --input-size PIXELS')
-    size = input_size or stored.get('input_size')
+    size = input_size or stored.get('input_size') or default_size
     if not isinstance(size, int):
         raise UsageError(f'{source} does not say the size of its images: give --input-size PIXELS')
     try:
         kwargs = {**dict(stored.get('model_kwargs') or []), **evit_kwargs(stored)}
     except (TypeError, ValueError):
         raise InputError(f'{source} has model arguments that are not of this program') from None
+    kwargs |= further or {}
     if timm.is_model(name):
         check_kwargs(name, kwargs)
-    classes = ckpt.class_names(checkpoint, source) or []
+    classes = class_names(checkpoint, source) or []
     head = _size_of_head(name, weights) or stored.get('nb_classes') or len(classes)
     if head:
         kwargs['num_classes'] = head
@@ -92,29 +104,28 @@ def takes_image_size(model: nn.Module) -> bool:
 
 
 def load_trained(
-    source: str, *, ema: bool = False, name: str | None = None, input_size: int | None = None
+    source: str,
+    *,
+    ema: bool = False,
+    name: str | None = None,
+    input_size: int | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Settings, dict[str, Any]]:
     """The model of a checkpoint on the CPU, in eval mode, its settings, and the checkpoint.
 
     Args:
-        source: a path or URL of a file of main.py, of the published codes, or of safetensors.
+        source: a path or URL of a file of main.py, of the published codes, or of safetensors; or a run's folder.
         ema: take the moving average of the weights.
-        name, input_size: see `read_settings`.
+        name, input_size, further: see `read_settings`.
 
     Raises:
         InputError: if the file cannot be read or is of another model.
         UsageError: if it needs one of the arguments, or has no moving average.
     """
     loaded = ckpt.load(source)
-    if ema:
-        if not isinstance(loaded.get('model_ema'), Mapping):
-            raise UsageError(f'--ema: {source} has no moving average of its weights')
-        loaded = {**loaded, 'model': loaded['model_ema']}
-    weights = ckpt.model_weights(loaded, source)
-    settings = read_settings(loaded, weights, source, name=name, input_size=input_size)
-    model = new_model('--model', settings.name, settings.input_size, settings.kwargs)
-    ckpt.load_whole(model, weights, source)
-    return model.eval(), settings, loaded
+    weights = model_weights(loaded, source, ema=ema)
+    settings = read_settings(loaded, weights, source, name=name, input_size=input_size, further=further)
+    return settings.build(weights, source), settings, loaded
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from config.builders import build_model
 from config.data import load_splits, open_loaders
 from config.errors import explain
 from config.models import keeps_tokens_by_rate
+from config.pretrained import load_trained
 from datasets import DATA_SETS
 from models.speed import count_macs
 from pipeline.images import ImageDataset
@@ -30,9 +31,10 @@ from reports.runs import (
     printable,
 )
 from training import checkpoint as ckpt
+from training.checkpoint import BEST
 from training.devices import default_device, find_amp_dtype, find_device
 from training.distributed import Process
-from training.output import BEST
+from training.weights import class_names, stored_args
 from utils import InputError, ProgressBar, SizedLoader, one_line
 
 MOST_PAIRS = 15  # of classes that are confused
@@ -128,7 +130,7 @@ def _read_checkpoint(path: str, overrides: Mapping[str, Any]) -> tuple[dict[str,
         InputError: if it is damaged, or of another program.
     """
     state = ckpt.load(path)
-    stored = ckpt.stored_args(state)
+    stored = stored_args(state)
     if not isinstance(stored.get('model'), str) or str(stored.get('data_set')) not in DATA_SETS:
         raise InputError(f'{path} does not say its model and data set: it is not of main.py')
     flags = [*stored_flags(stored), '--eval', '--finetune', path]
@@ -164,7 +166,7 @@ def predict(
     chosen = find_device(device or default_device(process), process=process)
     try:
         state, args = _read_checkpoint(path, {'--data-path': data_path, '--num_workers': num_workers})
-        names = ckpt.class_names(state, path)
+        names = class_names(state, path)
     except InputError as err:
         raise InputError(f'{one_line(err)}; {hint}') from None
     cifar = {'CIFAR': CIFAR100, 'CIFAR10': CIFAR10}.get(args.data_set)
@@ -176,14 +178,13 @@ def predict(
     except (InputError, OSError) as err:
         return f'the images of {args.data_set} cannot be read: {one_line(err)}'
     try:
-        model = build_model(args, splits.num_classes)
-        ckpt.load_whole(model, ckpt.model_weights(state, path), path)
+        model, _, _ = load_trained(path)
     except InputError as err:
         raise InputError(f'{one_line(err)}; {hint}') from None
     keep_rate = state.get('keep_rate') if keeps_tokens_by_rate(args.model) else None
     try:
         answers = _answers(
-            model.to(chosen).eval(), loader, chosen, find_amp_dtype(args.amp, chosen),
+            model.to(chosen), loader, chosen, find_amp_dtype(args.amp, chosen),
             {} if keep_rate is None else {'keep_rate': keep_rate}, stop
         )  # fmt: skip
     except (InputError, OSError) as err:

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from training import checkpoint as ckpt
-from training.output import BEST, CHECKPOINT, holds_run
+from training.checkpoint import BEST, CHECKPOINT
+from training.output import holds_run
 from training.state import FREE_ARGUMENTS
+from training.weights import stored_args
 from utils import InputError, UsageError, format_seconds, one_line
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -164,7 +166,7 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except FileNotFoundError:
         for name in (BEST, CHECKPOINT):
             if (folder / name).exists():
-                return dict(ckpt.stored_args(ckpt.load(str(folder / name)))), {}
+                return dict(stored_args(ckpt.load(str(folder / name)))), {}
         return {}, {}
     except (yaml.YAMLError, ValueError, RecursionError) as err:
         raise InputError(f'{path} is damaged: {one_line(err)}') from None

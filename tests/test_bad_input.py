@@ -27,6 +27,7 @@ from pipeline.images import decode
 from tests.conftest import PLAIN, SMALL_MODEL
 from training import checkpoint as ckpt
 from training.distributed import Process
+from training.weights import model_weights, stored_args
 from utils import InputError
 
 MANY = settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -207,7 +208,7 @@ def test_any_damage_to_a_checkpoint_is_found(trained: Path, data: st.DataObject)
 def test_any_damage_to_a_safetensors_file(trained: Path, data: st.DataObject) -> None:
     """It has no checksum: what is read must at least be tensors."""
     changed = damage((trained / 'best.safetensors').read_bytes(), data.draw)
-    one_line_at_most(lambda: ckpt.stored_args(ckpt.from_bytes(changed, 'a.safetensors')))
+    one_line_at_most(lambda: stored_args(ckpt.from_bytes(changed, 'a.safetensors')))
 
 
 @SOME
@@ -217,7 +218,7 @@ def test_any_damage_to_a_foreign_checkpoint(tmp_path_factory: pytest.TempPathFac
     path = tmp_path_factory.getbasetemp() / 'foreign.pth'
     torch.save({'model': {'a': torch.arange(20.0)}, 'epoch': 3, 'args': {'lr': 1}}, path)
     changed = damage(path.read_bytes(), data.draw)
-    one_line_at_most(lambda: ckpt.model_weights(ckpt.from_bytes(changed, 'a.pth'), 'a.pth'))
+    one_line_at_most(lambda: model_weights(ckpt.from_bytes(changed, 'a.pth'), 'a.pth'))
 
 
 @SOME
@@ -308,7 +309,7 @@ def test_the_damage_reaches_what_is_tested(trained: Path) -> None:
     assert ckpt.from_bytes((trained / 'checkpoint.pth').read_bytes(), 'a.pth')['epoch'] == 0
     content = (trained / 'best.safetensors').read_bytes()
     loaded = ckpt.from_bytes(content, 'a.safetensors')
-    assert ckpt.stored_args(loaded)['epochs'] == 1 and loaded['classes'] == [str(digit) for digit in range(10)]
+    assert stored_args(loaded)['epochs'] == 1 and loaded['classes'] == [str(digit) for digit in range(10)]
     assert safetensors.torch.load(content).keys() == loaded['model'].keys()
     assert json.loads(content[8 : 8 + int.from_bytes(content[:8], 'little')])['__metadata__']['format'] == 'pt'
     assert len(DATA_SETS) > 10

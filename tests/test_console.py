@@ -51,7 +51,8 @@ def test_a_terminal_that_hangs_up(nohup: bool, tmp_path: Path) -> None:
     """SIGHUP stops a run as SIGTERM does, with a checkpoint; under nohup it is ignored."""
     argv = shlex.split(command(tmp_path / 'out', '--epochs', '40'))
     with (tmp_path / 'seen').open('w') as seen, subprocess.Popen(
-        ['nohup'] * nohup + argv, stdin=subprocess.DEVNULL, stdout=seen, stderr=seen, env=ENV
+        ['nohup'] * nohup + argv, stdin=subprocess.DEVNULL, stdout=seen, stderr=seen, env=ENV,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may be under nohup themselves
     ) as process:  # fmt: skip
         end = time.monotonic() + 60
         while not (tmp_path / 'out' / 'checkpoint.pth').exists() and time.monotonic() < end:

@@ -21,6 +21,7 @@ from training import checkpoint as ckpt
 from training import signals as interrupts
 from training.output import BackgroundWriter, OutputFolder
 from training.state import TrainingProgress, compare
+from training.weights import stored_args
 from utils import InputError, seed_all
 
 DIGITS = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--batch-size', '256']
@@ -87,7 +88,7 @@ def test_what_may_differ(finished: Path, changed: list[str], capsys: pytest.Capt
 
 def test_threads_and_processes_are_noted(finished: Path) -> None:
     state = ckpt.load(str(finished / 'checkpoint.pth'))
-    args, fingerprint = ckpt.stored_args(state), state['fingerprint']
+    args, fingerprint = stored_args(state), state['fingerprint']
     assert compare(state, args, fingerprint) == ([], [], False)
     assert fingerprint['threads'] == 1 and fingerprint['processes'] == 1
     differences, notes, other_rate = compare(state, args, {**fingerprint, 'threads': 2, 'processes': 2})
@@ -248,7 +249,7 @@ def test_safetensors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ]
     )
     tuned = ckpt.load(str(tmp_path / 'best.safetensors'))
-    assert tuned['epoch'] == 0 and ckpt.stored_args(tuned)['finetune'] == str(export)
+    assert tuned['epoch'] == 0 and stored_args(tuned)['finetune'] == str(export)
     assert not torch.equal(tuned['model']['head.weight'], ckpt.load(source)['model']['head.weight'])
     code, error = fails([*DIGITS, '--resume', str(export)], capsys)
     assert code == 1 and 'it cannot be resumed' in error

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from config.arguments import parse_args
 from tests.conftest import ROOT
 from tools import check_env
+from training import checkpoint as ckpt
 
 
 def script(name: str, *argv: str, expect: int = 0, cwd: Path = ROOT, **env: str) -> str:
@@ -69,8 +71,12 @@ def test_published_recipes(recipe: str) -> None:
         assert {name: flags[name] for name in published} == published
 
 
+def make_checkpoint(path: Path, model: str = 'dhvt_tiny_imagenet_patch16') -> None:
+    ckpt.save(path, {'model': {'head.bias': torch.zeros(1)}, 'args': {'model': model}})
+
+
 def test_published_finetuning(tmp_path: Path) -> None:
-    (tmp_path / 'a.pth').touch()
+    make_checkpoint(tmp_path / 'a.pth')
     _, flags = flags_of(script('finetune.sh', str(tmp_path / 'a.pth'), 'cifar100', '--train-mode'))
     expected: dict[str, Any] = {
         'input_size': 224,
@@ -96,7 +102,7 @@ def test_deit_and_evit_recipes(tmp_path: Path) -> None:
     ):
         _, flags = flags_of(script('run_code.sh', recipe, NPROC='8'))
         assert {name: flags[name] for name in expected} == expected
-    (tmp_path / 'a.pth').touch()
+    make_checkpoint(tmp_path / 'a.pth', 'deit_small_patch16_224')
     _, flags = flags_of(script('finetune.sh', str(tmp_path / 'a.pth'), 'evit', NPROC='8'))
     tuned = {'lr': 2e-5, 'min_lr': 2e-6, 'weight_decay': 1e-6, 'warmup_epochs': 0, 'epochs': 30, 'batch_size': 256}
     tuned |= {'base_keep_rate': 0.7, 'fuse_token': True, 'shrink_start_epoch': 0, 'shrink_epochs': 0}
@@ -147,7 +153,7 @@ def test_the_total_batch_does_not_depend_on_the_processes() -> None:
 
 
 def test_a_restart_finds_its_folder_again(tmp_path: Path) -> None:
-    (tmp_path / 'a.pth').touch()
+    make_checkpoint(tmp_path / 'a.pth')
     for argv, folder in (
         (['run_code.sh', 'cifar100'], 'output/cifar100'),
         (['run_code.sh'], 'output/digits'),
@@ -166,7 +172,7 @@ def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:
     job = {'SLURM_JOB_ID': '7', 'SLURM_JOB_NUM_NODES': '2', 'SLURM_NTASKS_PER_NODE': '4', 'NPROC': ''}
     launcher, flags = flags_of(script('slurm.sh', 'cifar100', **job))
     assert launcher.startswith('+ srun --kill-on-bad-exit=1 ') and flags['batch_size'] == 64
-    (tmp_path / 'a.pth').touch()
+    make_checkpoint(tmp_path / 'a.pth')
     _, flags = flags_of(script('slurm.sh', 'finetune', str(tmp_path / 'a.pth'), 'cifar100', **job))
     assert flags['finetune'] == str(tmp_path / 'a.pth') and flags['batch_size'] == 32
     assert 'this is a job for SLURM' in script('slurm.sh', expect=2, SLURM_JOB_ID='')

@@ -106,7 +106,9 @@ launch() {
         command=("${torchrun[@]}" --nnodes "$nnodes" --rdzv_id "$name" --rdzv_backend c10d
             --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}")
     fi
-    command+=("$root/main.py" --model "$model" --batch-size $((total / parts)) --accum-steps "$accum" --dist-eval
+    command+=("$root/main.py")
+    [ -z "$model" ] || command+=(--model "$model")
+    command+=(--batch-size $((total / parts)) --accum-steps "$accum" --dist-eval
         --data-set "$data_set" --output_dir "${OUTPUT:-output/$name}" --auto-resume --checkpoint-every 10m)
     [ -z "$data_path" ] || command+=(--data-path "$data_path")
     command+=("$@")

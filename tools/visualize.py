@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,16 +35,16 @@ from torchvision.transforms.v2 import functional as pixels_to
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config.arguments import parse_args, stored_flags
-from config.builders import build_model
 from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, PART, FlagParser
-from config.models import keeps_tokens_by_rate
+from config.models import evit_kwargs, keeps_tokens_by_rate
+from config.pretrained import load_trained
 from models.dhvt import DHVT
 from models.evit import EViT
 from pipeline.images import decode
 from pipeline.transforms import build_transform
 from training import checkpoint as ckpt
+from training.weights import stored_args
 from utils import InputError, UsageError, one_line
 
 KEPT, FUSED, DROPPED = 0, 1, 2
@@ -66,32 +66,6 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--base_keep_rate', type=PART, help="in place of the checkpoint's, as is --fuse_token")
     group.add_argument('--fuse_token', action='store_true', help='fuse in place of dropping')
     return parser
-
-
-def restore(
-    path: str, state: Mapping[str, Any], *, kinds: tuple[type, ...], needs: str, further: Sequence[str] = ()
-) -> tuple[Any, argparse.Namespace]:
-    """The model of a checkpoint, in eval mode, and the flags of its run that say what it is.
-
-    Args:
-        path: the checkpoint's name.
-        state: what it holds.
-        kinds, needs: what the model must be, as classes and in words.
-        further: flags that win.
-
-    Raises:
-        InputError: if it is something else, or the weights do not fit it.
-    """
-    weights = ckpt.model_weights(state, path)
-    args = parse_args(
-        [*stored_flags(ckpt.stored_args(state)), *further, '--mixup', '0', '--cutmix', '0']  # for any batch size
-    )
-    head = weights.get('head.weight')
-    model = build_model(args, None if head is None else len(head))
-    if not isinstance(model, kinds):
-        raise InputError(f'{path} is of {args.model}: {needs} is needed')
-    ckpt.load_whole(model, weights, path)
-    return model.eval(), args
 
 
 def read_image(path: str) -> Image.Image:
@@ -163,6 +137,18 @@ def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
     return Seen(attention, channels, grid, int(model.num_prefix_tokens))
 
 
+def is_evit(path: str) -> bool:
+    """Whether a checkpoint is of an EViT.
+
+    Raises:
+        InputError: if it does not say.
+    """
+    name = stored_args(ckpt.load(path)).get('model')
+    if name is None:
+        raise InputError(f'{path} does not say which model it is of')
+    return keeps_tokens_by_rate(str(name))
+
+
 def load_attentive(path: str, size: tuple[int, int] | None) -> tuple[DHVT | VisionTransformer, tuple[int, int]]:
     """The DHVT or DeiT of a checkpoint, in eval mode, and the size of its images (height, width) in pixels.
 
@@ -173,18 +159,17 @@ def load_attentive(path: str, size: tuple[int, int] | None) -> tuple[DHVT | Visi
         InputError: if the checkpoint is of another model.
         UsageError: if the model cannot have that size.
     """
-    state = ckpt.load(path)
-    name = ckpt.stored_args(state).get('model')
-    if keeps_tokens_by_rate(str(name)):
+    if is_evit(path):
         raise InputError(f'{path} is of an EViT, whose patches move from layer to layer: draw evit-mask')
-    if name is None:
-        raise InputError(f'{path} does not say which model it is of')
-    model, args = restore(path, state, kinds=(DHVT, VisionTransformer), needs='a DHVT or a DeiT')
-    size = size or (args.input_size, args.input_size)
+    model, settings, _ = load_trained(path)
+    own = (settings.input_size, settings.input_size)
+    size = size or own
+    if not isinstance(model, (DHVT, VisionTransformer)):
+        raise InputError(f'{path} is of {settings.name}: a DHVT or a DeiT is needed')
     sides = to_2tuple(model.patch_embed.patch_size)
     if size[0] % sides[0] or size[1] % sides[1]:
-        raise UsageError(f'--size {size[0]} {size[1]}: {name} needs multiples of its patch size, {sides[0]}')
-    if size != (args.input_size, args.input_size):
+        raise UsageError(f'--size {size[0]} {size[1]}: {settings.name} needs multiples of its patch size, {sides[0]}')
+    if size != own:
         try:
             model.set_input_size(size)  # of a DeiT the position embedding is resampled
         except ValueError as err:
@@ -297,14 +282,12 @@ def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> t
     Raises:
         InputError: if the checkpoint is not of one.
     """
-    state = ckpt.load(path)
-    name = ckpt.stored_args(state).get('model', 'an unknown model')
-    if not keeps_tokens_by_rate(str(name)):
-        raise InputError(f'{path} is not of an EViT (deit_…_shrink_base) but of {name}')
-    rate = [] if base_keep_rate is None else [f'--base_keep_rate={base_keep_rate}']
-    further = [*rate, *(['--fuse_token'] if fuse_token else [])]
-    model, args = restore(path, state, kinds=(EViT,), needs='an EViT', further=further)
-    return model, args.input_size
+    if not is_evit(path):
+        raise InputError(f'{path} is not of an EViT (deit_…_shrink_base)')
+    given = {'base_keep_rate': base_keep_rate, 'fuse_token': fuse_token or None}
+    model, settings, _ = load_trained(path, further=evit_kwargs(given))
+    assert isinstance(model, EViT)
+    return model, settings.input_size
 
 
 @torch.no_grad()

@@ -6,31 +6,37 @@ import argparse
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import struct
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
-from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
-from utils import InputError, count, one_line
+from training.download import download
+from training.weights import stored_args
+from utils import InputError, log, one_line
 
 COMMENT = b'sha256 '
 COMMENT_LENGTH = len(COMMENT) + 64
 NO_COMMENT = b'PK\x05\x06' + bytes(18)  # a zip archive's last record: counts, offsets, length of the comment
 TEMPORARY = '.dhvt-partial'  # how names of files end that are not whole yet
+CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
+PLAIN = (
+    *('args', 'classes', 'fingerprint', 'epoch', 'progress', 'max_accuracy', 'keep_rate'),
+    *('history', 'timings', 'left_out'),
+)  # what is printed, compared and written on, and never holds tensors
+MOST_VALUES, MOST_DEPTH, MOST_BITS = 2_000_000, 20, 64
 
 
 def _sync_folder(folder: Path) -> None:
@@ -125,17 +131,25 @@ def _is_whole(data: bytes) -> bool:
     return data[-22:-18] == NO_COMMENT[:4] and data[-2:] == NO_COMMENT[-2:]
 
 
-def _download(url: str) -> Path:
-    # The hub names its files by the URL's last part alone; two checkpoint.pth of different origin would be one.
-    name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlsplit(url).path).name}'
-    path = Path(torch.hub.get_dir(), 'checkpoints', name)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except (URLError, ValueError, OSError) as err:
-            raise InputError(f'cannot download {url}: {one_line(err)}') from None
-    return path
+def _check_ends(path: Path, source: str) -> None:
+    """Tells by a file's first and last bytes, before its memory is taken, whether it can be a checkpoint.
+
+    Raises:
+        InputError: if not.
+    """
+    with path.open('rb') as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        file.seek(max(size - COMMENT_LENGTH - len(NO_COMMENT), 0))
+        end = file.read()
+    if source.endswith('.safetensors'):
+        plausible = 8 < int.from_bytes(start, 'little') + 8 <= size
+    elif start[:2] == b'PK':
+        plausible = NO_COMMENT[:4] in end
+    else:
+        plausible = start[:1] == b'\x80' and end[-1:] != b'\0' * (size > 1 << 30)  # PyTorch's format before 1.6
+    if not plausible:
+        raise InputError(f'{source} is damaged, or no checkpoint of PyTorch')
 
 
 def read(source: str) -> bytes:
@@ -149,17 +163,62 @@ def read(source: str) -> bytes:
     """
     url = urlsplit(source)
     if url.scheme in ('http', 'https'):
-        path = _download(source)
+        path = download(source, lambda path: from_bytes(path.read_bytes(), Path(url.path).name))
     else:
         path = Path(url2pathname(url.path) if url.scheme == 'file' else source)
     if not path.is_file():
         raise InputError(f'{source}: no such checkpoint file')
     try:
+        _check_ends(path, url.path if url.scheme else source)
         return path.read_bytes()
     except PermissionError:
         raise InputError(f'{source}: no permission to read it') from None
     except OSError as err:
         raise InputError(f'{source} cannot be read: {err.strerror}') from None
+    except MemoryError:
+        raise InputError(f'{source} cannot be read: its {path.stat().st_size >> 30} GiB need more memory') from None
+
+
+def _check_sizes(data: bytes, source: str) -> None:
+    """Sees to it that what a zip archive says to hold is no more than the file itself.
+
+    Raises:
+        InputError: if not.
+    """
+    try:
+        members = zipfile.ZipFile(io.BytesIO(data)).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        raise InputError(f'{source} is damaged, or no checkpoint of PyTorch') from None
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise InputError(f'{source}: refused, it is compressed, and could take any amount of memory')
+    if sum(member.file_size for member in members) > len(data):
+        raise InputError(f'{source} is damaged: it says that it holds more than its {len(data)} bytes')
+
+
+def check_plain(value: Any, what: str) -> None:
+    """Checks that a value is of numbers and words, and as small as it looks; shared parts count each time.
+
+    Args:
+        what: its name, for the message.
+
+    Raises:
+        InputError: if not.
+    """
+    left = MOST_VALUES
+    stack = [(value, 0)]
+    while stack:
+        item, depth = stack.pop()
+        if isinstance(item, argparse.Namespace):
+            item = vars(item)
+        left -= 1 + len(item) if isinstance(item, (str, bytes, Mapping, list, tuple, set)) else 1
+        large = isinstance(item, int) and item.bit_length() > MOST_BITS
+        if left < 0 or depth > MOST_DEPTH or large or isinstance(item, Tensor):
+            kind = 'a tensor' if isinstance(item, Tensor) else 'a number of too many digits' if large else 'too much'
+            raise InputError(f'{what} holds {kind}: it is not of this program')
+        if isinstance(item, Mapping):
+            stack += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, (list, tuple, set)):
+            stack += [(part, depth + 1) for part in item]
 
 
 def _from_safetensors(data: bytes, source: str) -> dict[str, Any]:
@@ -171,6 +230,12 @@ def _from_safetensors(data: bytes, source: str) -> dict[str, Any]:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as err:
         raise InputError(f'{source} is damaged, or no safetensors file: {one_line(err)}') from None
     return {'model': weights, **(described if isinstance(described, dict) else {})}
+
+
+def _checked(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    for name in PLAIN:
+        check_plain(checkpoint.get(name), f'{source}: {name}')
+    return checkpoint
 
 
 def from_bytes(data: bytes, source: str) -> dict[str, Any]:
@@ -186,9 +251,11 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
         InputError: if it is no checkpoint, is damaged, or holds anything else.
     """
     if source.endswith('.safetensors'):
-        return _from_safetensors(data, source)
+        return _checked(_from_safetensors(data, source), source)
     if not _is_whole(data):
         raise InputError(f'{source} is damaged: it was cut off or altered after it was written')
+    if data[:2] == b'PK':
+        _check_sizes(data, source)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
@@ -200,12 +267,55 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
         raise InputError(f'{source} is damaged, or no checkpoint of PyTorch') from None
     if not isinstance(checkpoint, dict):
         raise InputError(f'{source} holds a {type(checkpoint).__name__}, not a checkpoint')
-    return checkpoint
+    return _checked(checkpoint, source)
 
 
-def load(source: str) -> dict[str, Any]:
-    """Reads a checkpoint from a path or a URL onto the CPU: `read`, then `from_bytes`."""
-    return from_bytes(read(source), source)
+def newest_in(folder: Path) -> tuple[str, bytes] | None:
+    """The newest whole checkpoint of a run's folder, as its path and bytes; None if there are none.
+
+    Raises:
+        InputError: if there are checkpoints, but none is whole.
+    """
+    found = [folder / name for name in (CHECKPOINT, PREVIOUS, BEST) if (folder / name).exists()]
+    whole: list[tuple[tuple[int, int], str, bytes]] = []
+    for path in found:
+        try:
+            data = read(str(path))
+            state = from_bytes(data, str(path))
+            place = (int(state.get('epoch', -1)), int((state.get('progress') or {}).get('done', 0)))
+        except InputError as err:
+            log(f'Warning: {err}; the one before it is used')
+            continue
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            log(f'Warning: {path} does not say how far its run was; the one before it is used')
+            continue
+        whole.append((place, str(path), data))
+        if path.name == CHECKPOINT:
+            break
+    if found and not whole:
+        raise InputError(f'{folder} has checkpoints, but none is whole: move them away to start over')
+    return max(whole, key=lambda entry: entry[0])[1:] if whole else None
+
+
+def load(source: str, *, newest: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU.
+
+    Args:
+        source: a file's path or URL, or a run's folder: its best checkpoint is taken.
+        newest: take a folder's newest.
+
+    Raises:
+        InputError: if there is none, or `from_bytes` refuses it.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return from_bytes(read(source), source)
+    if not newest and (folder / BEST).is_file():
+        return from_bytes(read(str(folder / BEST)), str(folder / BEST))
+    found = newest_in(folder)
+    if found is None:
+        raise InputError(f'{source} is a folder without a {BEST} or {CHECKPOINT}')
+    return from_bytes(found[1], found[0])
 
 
 def to_safetensors(weights: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
@@ -220,139 +330,3 @@ def description(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         name: checkpoint[name] for name in ('epoch', 'max_accuracy', 'keep_rate', 'classes') if name in checkpoint
     }
     return {**described, 'args': stored_args(checkpoint)}
-
-
-def stored_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the run that wrote a checkpoint, empty if it does not say."""
-    args = checkpoint.get('args')
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    return dict(args) if isinstance(args, Mapping) else {}
-
-
-def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str] | None:
-    """The classes in the order of a checkpoint's head, None if it does not say.
-
-    Raises:
-        InputError: if they are no names.
-    """
-    names = checkpoint.get('classes')
-    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
-        raise InputError(f'{source} has {names!r:.40} as its classes: it is not of this program')
-    return None if names is None else list(names)
-
-
-def model_weights(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The model's state_dict out of a checkpoint, under any of the names that training codes give it.
-
-    Prefixes that DistributedDataParallel and torch.compile put before each name are removed.
-
-    Raises:
-        InputError: if there is none.
-    """
-    weights: Any = checkpoint
-    for key in ('model', 'state_dict'):
-        if isinstance(checkpoint.get(key), Mapping):
-            weights = checkpoint[key]
-            break
-    tensors = {
-        re.sub(r'^(module\.|_orig_mod\.)+', '', name): value
-        for name, value in weights.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise InputError(f'{source} holds no model weights (its keys: {count(weights, "key")})')
-    return tensors
-
-
-def _differences(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
-    """Names in both whose shape or kind of number differs, names the model has alone, names the weights have alone."""
-    own = model.state_dict()
-    reshaped = []
-    for name in own:
-        given = weights.get(name)
-        if given is not None and given.shape != own[name].shape:
-            reshaped.append(f'{name} {tuple(given.shape)} for {tuple(own[name].shape)}')
-        elif given is not None and given.is_floating_point() != own[name].is_floating_point():
-            reshaped.append(f'{name} {given.dtype} for {own[name].dtype}'.replace('torch.', ''))
-    return reshaped, [name for name in own if name not in weights], [name for name in weights if name not in own]
-
-
-def check_whole(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Compares weights with a model that they must fit exactly.
-
-    Raises:
-        InputError: if they do not.
-    """
-    reshaped, missing, unexpected = _differences(model, weights)
-    if reshaped or missing or unexpected:
-        parts = [
-            count(names, noun)
-            for names, noun in (
-                (reshaped, 'other shape'),
-                (missing, 'missing key'),
-                (unexpected, 'unexpected key'),
-            )
-            if names
-        ]
-        raise InputError(
-            f'{source} does not fit the model: {"; ".join(parts)}. '
-            'Check --model, --input-size and --nb-classes, or use --finetune to start from what fits'
-        )
-
-
-def load_whole(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Loads weights that must fit exactly.
-
-    Raises:
-        InputError: if they do not; the model is then untouched.
-    """
-    check_whole(model, weights, source)
-    model.load_state_dict(dict(weights))
-
-
-def _resample_position_embedding(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Weights whose position embedding, made for a square grid, fits the model's grid; and a note if that was done.
-
-    The row of a distillation token is left out where the model has none, and is the model's own where the weights have
-    none.
-    """
-    own, given = getattr(model, 'pos_embed', None), weights.get('pos_embed')
-    grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
-    result = dict(weights)
-    if grid is None or not isinstance(own, Tensor) or given is None or own.shape[::2] != given.shape[::2]:
-        return result, ''
-    own_prefix = own.shape[1] - grid[0] * grid[1]  # rows of the class and distillation token, if they have one
-    prefix = own_prefix and 1 + ('dist_token' in weights)
-    side = math.isqrt(max(given.shape[1] - prefix, 0))
-    same = own.shape == given.shape and prefix == own_prefix
-    if same or side * side != given.shape[1] - prefix:
-        return result, ''
-    rows = given[:, :prefix]
-    if own_prefix != prefix:
-        rows = torch.cat([rows[:, :1], own.detach().to(rows)[:, 1:own_prefix]], dim=1)
-    patches = resample_abs_pos_embed(given[:, prefix:], new_size=list(grid), num_prefix_tokens=0)
-    result['pos_embed'] = torch.cat([rows, patches], dim=1)
-    return result, f'pos_embed resampled from {side}x{side} to {grid[0]}x{grid[1]}'
-
-
-def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
-    """Loads what fits and leaves the rest of the model as it is: for fine-tuning with another head.
-
-    A position embedding of another image size is resampled, by timm's function.
-
-    Returns:
-        A line each for what was resampled, dropped because its shape differs, what is missing and what is unexpected.
-
-    Raises:
-        InputError: if nothing fits.
-    """
-    weights, note = _resample_position_embedding(model, weights)
-    reshaped, missing, unexpected = _differences(model, weights)
-    dropped = {entry.split()[0] for entry in reshaped}
-    fitting = {name: value for name, value in weights.items() if name not in dropped and name not in unexpected}
-    if not fitting:
-        raise InputError(f'{source}: nothing in it fits the model; it holds {count(unexpected or reshaped, "key")}')
-    model.load_state_dict(fitting, strict=False)
-    lists = ((reshaped, 'dropped'), (missing, 'missing'), (unexpected, 'unexpected'))
-    return [note] * bool(note) + [f'{kind}: {", ".join(names)}' for names, kind in lists if names]

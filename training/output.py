@@ -19,9 +19,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from training import checkpoint as ckpt
+from training.checkpoint import BEST, CHECKPOINT, PREVIOUS
 from utils import InputError, is_main_process, log, one_line
-
-CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
 
 
 def holds_run(folder: Path) -> bool:
@@ -189,30 +188,11 @@ class OutputFolder:
         """
         if self.path is None:
             return None
-        found = [self.path / name for name in (CHECKPOINT, PREVIOUS, BEST) if (self.path / name).exists()]
-        whole: list[tuple[tuple[int, int], str, bytes]] = []
-        for path in found:
-            try:
-                data = ckpt.read(str(path))
-                state = ckpt.from_bytes(data, str(path))
-                place = (int(state.get('epoch', -1)), int((state.get('progress') or {}).get('done', 0)))
-            except InputError as err:
-                log(f'Warning: {err}; the one before it is used')
-                continue
-            except (TypeError, ValueError, AttributeError):
-                log(f'Warning: {path} does not say how far its run was; the one before it is used')
-                continue
-            whole.append((place, str(path), data))
-            if path.name == CHECKPOINT:
-                break
-        if found and not whole:
-            raise InputError(f'{self.path} has checkpoints, but none is whole: move them away to start over')
-        if not whole:
-            return None
-        _, source, data = max(whole, key=lambda entry: entry[0])
-        if found[0].name == CHECKPOINT and source != str(found[0]):
-            found[0].replace(self.path / f'damaged_{CHECKPOINT}')
-        return source, data
+        found = ckpt.newest_in(self.path)
+        first = self.path / CHECKPOINT
+        if found is not None and first.exists() and found[0] != str(first):
+            first.replace(self.path / f'damaged_{CHECKPOINT}')
+        return found
 
     def begin(self, settings: dict[str, Any], *, lines: Sequence[dict], timings: Sequence[dict]) -> None:
         """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them.

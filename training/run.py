@@ -21,7 +21,8 @@ from training import checkpoint as ckpt
 from training.devices import num_compiled_graphs
 from training.output import OutputFolder
 from training.signals import GO_ON, STOP, Interrupted, Interrupts, requeue
-from training.state import TrainingProgress, TrainState, compare, load_state, to_state
+from training.state import TrainingProgress, TrainState, compare, load_state, refuse_other_run, to_state
+from training.weights import stored_args
 from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log
 
 MAX_REWINDS = 10  # in an epoch
@@ -110,15 +111,12 @@ class Run:
         Raises:
             InputError: if it is of a run that differs, unless forced.
         """
-        stored, own = ckpt.stored_args(checkpoint).get('opt'), self.described['args']['opt']
+        stored, own = stored_args(checkpoint).get('opt'), self.described['args']['opt']
         if stored not in (None, own):
             raise InputError(f'{source} is of a run with --opt {stored}, not {own}')
         differences, notes, other_batch = compare(checkpoint, self.described['args'], self.described['fingerprint'])
         if differences and not force:
-            raise InputError(
-                f'{source} is of a run that differs: {"; ".join(differences)}. Start it as it was, choose another '
-                '--output_dir, or go on with --force-resume'
-            )
+            refuse_other_run(source, differences)
         self.progress = load_state(self.state, checkpoint, source, schedule=not differences and not other_batch)
         if differences or other_batch:  # the rates of the new arguments
             self._set_rates()

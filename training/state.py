@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from timm.scheduler import PlateauLRScheduler
@@ -14,7 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from engine import EpochSums
-from training import checkpoint as ckpt
+from training.schema import check_optimizer, is_count, is_line, is_number, like
+from training.weights import check_whole, model_weights, stored_args
 from utils import InputError, log, one_line
 
 # Arguments that may differ on a resume: none of them changes what is computed. The batch is compared as a whole, the
@@ -24,7 +24,13 @@ FREE_ARGUMENTS = {
     *('checkpoint_every', 'export_safetensors', 'on_nan', 'most_skips', 'timeout', 'test_speed', 'only_test_speed'),
     *('num_workers', 'pin_mem', 'data_path', 'data_layout', 'use_lmdb', 'verify_records', 'device', 'amp'),
     *('train_mode', 'local_rank', 'world_size', 'dist_url', 'batch_size', 'accum_steps'),
-    *('model_ema_force_cpu', 'augment', 'cache_gib', 'report'),
+    *('model_ema_force_cpu', 'augment', 'cache_gib', 'report', 'allow_partial'),
+}  # fmt: skip
+
+
+MOST_EPOCHS = 1_000_000
+MODEL_ARGUMENTS = {  # and the data's: with others a checkpoint's weights do not even fit
+    *('model', 'model_kwargs', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'),
 }  # fmt: skip
 
 
@@ -122,29 +128,61 @@ def to_state(state: TrainState, progress: TrainingProgress, described: Mapping[s
     }
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str) -> None:
-    """Compares an optimizer's state with its parameters, which PyTorch does in part only, and late."""
-    own = optimizer.state_dict()['param_groups']
-    if [len(group['params']) for group in state['param_groups']] != [len(group['params']) for group in own]:
-        raise InputError(f'{source} is of a run with other parameters in its optimizer')
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    numbers = [number for group in state['param_groups'] for number in group['params']]
-    for number, entries in state['state'].items():
-        parameter = parameters[numbers.index(number)]
-        for name, value in entries.items():
-            if isinstance(value, Tensor) and value.ndim == parameter.ndim > 0 and value.shape != parameter.shape:
-                raise InputError(
-                    f"{source}: the optimizer's {name} of parameter {number} has shape {tuple(value.shape)}, "
-                    f'where {tuple(parameter.shape)} is needed'
-                )
-
-
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
     """Gives an optimizer's state the memory layout of its parameters, which fused kernels take for granted."""
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
+    """How far the run of a checkpoint was.
+
+    Raises:
+        InputError: if what it says of that is impossible.
+    """
+    found: dict[str, Any] = {
+        'max_accuracy': -1.0,
+        'keep_rate': None,
+        'history': [],
+        'timings': [],
+        'left_out': [],
+        **state,
+    }
+    within: dict[str, Any] = {'batch': 0, 'done': 0, 'num_draws': None, 'tally': {}}
+    if isinstance(state.get('progress'), Mapping):
+        within |= state['progress']
+    batch, done, num_draws = within['batch'], within['done'], within['num_draws']
+    most = done if num_draws is None else num_draws
+    epoch, left_out = found['epoch'], found['left_out']
+    for right, name in (
+        (isinstance(epoch, int) and is_count(epoch + 1, high=MOST_EPOCHS), 'epoch'),
+        (is_number(found['max_accuracy'], low=-1, high=100), 'max_accuracy'),
+        (found['keep_rate'] is None or is_number(found['keep_rate'], high=1), 'keep_rate'),
+        (isinstance(state.get('progress') or {}, Mapping), 'progress'),
+        (is_count(batch) and is_count(most) and is_count(done, high=most), 'place in the run'),
+        (isinstance(within['tally'], Mapping) and all(map(is_number, within['tally'].values()))
+         and within['tally'].keys() <= asdict(EpochSums()).keys(), 'tally'),
+        *((isinstance(found[name], (list, tuple)) and all(map(is_line, found[name])), name)
+          for name in ('history', 'timings')),
+        (isinstance(left_out, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in left_out)
+         and all(len(entry) == 3 and all(map(is_count, entry)) for entry in left_out), 'left_out'),
+    ):  # fmt: skip
+        if not right:
+            raise InputError(f'{source} does not hold the state of such a run: its {name} is impossible')
+    return TrainingProgress(
+        epoch=epoch + 1,
+        batch=batch,
+        done=done,
+        num_draws=num_draws,
+        sums=EpochSums(**within['tally']),
+        best=float(found['max_accuracy']),
+        keep_rate=found['keep_rate'],
+        history=[dict(line) for line in found['history']],
+        timings=[dict(line) for line in found['timings']],
+        left_out=[(begin, end, last) for begin, end, last in left_out],
+    )
 
 
 def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, schedule: bool = True) -> TrainingProgress:
@@ -162,53 +200,36 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
     lacking = [name for name in ('optimizer', 'lr_scheduler', 'epoch') if state.get(name) is None]
     if lacking:
         raise InputError(f'{source} has no {", ".join(lacking)}: it cannot be resumed; start from it with --finetune')
+    weights = model_weights(state, source)
+    check_whole(parts.model, weights, source)
+    average = weights
+    if parts.model_ema is not None:
+        if state.get('model_ema') is None:
+            log(f'{source} holds no moving average: it starts from the weights')
+        else:
+            average = model_weights(state, source, ema=True)
+        check_whole(parts.model_ema.module, average, source)
+    optimizer = check_optimizer(parts.optimizer, state['optimizer'], source)
+    scaler = like(state.get('scaler') or {}, parts.scaler.state_dict(), f'{source}: the scaler')
+    lr_scheduler = like(state['lr_scheduler'], _schedule_state(parts.scheduler), f'{source}: the schedule')
+    progress = read_progress(state, source)
     try:
-        weights = ckpt.model_weights(state, source)
-        ckpt.check_whole(parts.model, weights, source)
-        average = state.get('model_ema')
-        if parts.model_ema is not None:
-            if average is None:
-                log(f'{source} holds no moving average: it starts from the weights')
-            ckpt.check_whole(parts.model_ema.module, average or weights, source)
-        _check_optimizer(parts.optimizer, state['optimizer'], source)
-        within = state.get('progress') or {}
-        progress = TrainingProgress(
-            epoch=int(state['epoch']) + 1,
-            batch=int(within.get('batch', 0)),
-            done=int(within.get('done', 0)),
-            num_draws=within.get('num_draws'),
-            sums=EpochSums(**within.get('tally', {})),
-            best=float(state.get('max_accuracy', -1.0)),
-            keep_rate=state.get('keep_rate'),
-            history=[dict(line) for line in state.get('history', [])],
-            timings=[dict(line) for line in state.get('timings', [])],
-            left_out=[(int(a), int(b), int(c)) for a, b, c in state.get('left_out', [])],
-        )
-        most = progress.done if progress.num_draws is None else progress.num_draws
-        if (
-            not 0 <= progress.done <= most
-            or min(progress.epoch, progress.batch) < 0
-            or not math.isfinite(progress.best)
-        ):
-            raise ValueError('its place in the run is impossible')
-        if not isinstance(state.get('scaler') or {}, Mapping):
-            raise ValueError('its scaler is none')
         plateau = isinstance(parts.scheduler, PlateauLRScheduler)  # its rate is a state, not a function of the epoch
         options = [
             {key: value for key, value in group.items() if key != 'params'} for group in parts.optimizer.param_groups
         ]
         parts.model.load_state_dict(weights)
         if parts.model_ema is not None:
-            parts.model_ema.module.load_state_dict(average or weights)
-        parts.optimizer.load_state_dict(state['optimizer'])
+            parts.model_ema.module.load_state_dict(average)
+        parts.optimizer.load_state_dict(optimizer)
         _lay_out(parts.optimizer)
         if schedule or plateau:
-            _load_schedule(parts.scheduler, state['lr_scheduler'])
+            _load_schedule(parts.scheduler, lr_scheduler)
         if not schedule:
             for group, own in zip(parts.optimizer.param_groups, options, strict=True):
                 group.update({key: value for key, value in own.items() if not (plateau and key == 'lr')})
-        if state.get('scaler') and parts.scaler.is_enabled():
-            parts.scaler.load_state_dict(state['scaler'])
+        if scaler and parts.scaler.is_enabled():
+            parts.scaler.load_state_dict(scaler)
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as err:
         raise InputError(f'{source} does not hold the state of such a run: {one_line(err)}') from None
     return progress
@@ -216,6 +237,25 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
 
 def _plain(value: Any) -> str:
     return json.dumps(value, default=str)
+
+
+def different_arguments(stored: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, str]:
+    """The arguments, of those that must be the same, in which two runs differ, with how they do."""
+    names = [name for name in args if name in stored and name not in FREE_ARGUMENTS]
+    if stored.get('finetune') and args.get('finetune'):  # once a run goes on, it may be left out
+        names.append('finetune')
+    return {
+        name: f'--{name} was {_plain(stored[name])}, is {_plain(args[name])}'
+        for name in names
+        if _plain(stored[name]) != _plain(args[name])
+    }
+
+
+def refuse_other_run(source: str, differences: Iterable[str]) -> NoReturn:
+    raise InputError(
+        f'{source} is of a run that differs: {"; ".join(differences)}. Start it as it was, choose another '
+        '--output_dir (OUTPUT=… before the command of a script), or go on with --force-resume'
+    )
 
 
 def compare(
@@ -232,12 +272,8 @@ def compare(
     Returns:
         What must be the same and is not; what need not be, but is worth a note; whether the learning rate changes.
     """
-    stored = ckpt.stored_args(state)
-    differences = [
-        f'--{name} was {_plain(stored[name])}, is {_plain(args[name])}'
-        for name in args
-        if name in stored and name not in FREE_ARGUMENTS and _plain(stored[name]) != _plain(args[name])
-    ]
+    stored = stored_args(state)
+    differences = [*different_arguments(stored, args).values()]
     known = state.get('fingerprint')
     if not isinstance(known, Mapping):
         notes = [f'the checkpoint is of another program: {line}' for line in differences]
