@@ -14,6 +14,7 @@ import pytest
 
 from config.arguments import parse_args
 from tests.conftest import ROOT
+from training import checkpoint as ckpt
 
 PAGES = ['../README.md', *sorted(path.name for path in (ROOT / 'docs').glob('*.md'))]
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -73,14 +74,14 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize('command', [command for page in PAGES for command in commands(page)])
-def test_commands_parse(command: str, tmp_path: Path) -> None:
+def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command)
     given = dict(word.split('=', 1) for word in words if re.match(r'[A-Z_]+=', word))
     program, script, *argv = words[len(given) :]
     if program == 'bash':
         for name in {'output/imagenet/checkpoint.pth', *(word for word in argv if word.endswith('.pth'))}:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).touch()
+            ckpt.save(tmp_path / name, {'args': {'model': 'dhvt_tiny_imagenet_patch16'}})
         python = tmp_path / 'python'  # one that finds nothing missing, at once
         python.write_text('#!/bin/sh\n')
         python.chmod(0o755)
@@ -91,6 +92,7 @@ def test_commands_parse(command: str, tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         flags = shlex.split(done.stdout.splitlines()[-1].partition('main.py ')[2])
+        monkeypatch.chdir(tmp_path)
         args = parse_args(flags)
         assert args.model == given.get('MODEL', args.model) and args.output_dir == given.get('OUTPUT', args.output_dir)
     elif script == 'main.py':

@@ -47,8 +47,10 @@ def like(given: Any, own: Any, what: str) -> Any:
         same = type(given) is type(own) and (isinstance(own, bool) or given == own)
     elif isinstance(own, (int, float)):
         same = is_number(given, low=-math.inf)
-    else:
+    elif own is None:
         same = given is None or isinstance(given, bool) or is_number(given, low=-math.inf)
+    else:  # a type of numbers
+        same = type(given) is type(own) and given == own
     if not same:
         raise InputError(f'{what} is {_shown(given)}, where {_shown(own)} would do')
     return given
