@@ -232,7 +232,12 @@ def _from_safetensors(data: bytes, source: str) -> dict[str, Any]:
     return {'model': weights, **(described if isinstance(described, dict) else {})}
 
 
-def _checked(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+def checked(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """A checkpoint whose fields beside the tensors are plain.
+
+    Raises:
+        InputError: if they are not.
+    """
     for name in PLAIN:
         check_plain(checkpoint.get(name), f'{source}: {name}')
     return checkpoint
@@ -251,7 +256,7 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
         InputError: if it is no checkpoint, is damaged, or holds anything else.
     """
     if source.endswith('.safetensors'):
-        return _checked(_from_safetensors(data, source), source)
+        return checked(_from_safetensors(data, source), source)
     if not _is_whole(data):
         raise InputError(f'{source} is damaged: it was cut off or altered after it was written')
     if data[:2] == b'PK':
@@ -267,7 +272,7 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
         raise InputError(f'{source} is damaged, or no checkpoint of PyTorch') from None
     if not isinstance(checkpoint, dict):
         raise InputError(f'{source} holds a {type(checkpoint).__name__}, not a checkpoint')
-    return _checked(checkpoint, source)
+    return checked(checkpoint, source)
 
 
 def newest_in(folder: Path) -> tuple[str, bytes] | None:

@@ -56,10 +56,13 @@ class BackgroundWriter:
 
     Args:
         previous: the name that a file's old content gets, for files that have one.
+        check: called before each file; after an InputError of it nothing more is written, and the next call raises it.
     """
 
-    def __init__(self, previous: Mapping[Path, Path]) -> None:
+    def __init__(self, previous: Mapping[Path, Path], check: Callable[[], object] = lambda: None) -> None:
         self._previous = previous
+        self._check = check
+        self._refused: InputError | None = None
         self._thread: threading.Thread | None = None
         self._pending: dict[Path, bytes] = {}
         self._failure = ''
@@ -76,9 +79,16 @@ class BackgroundWriter:
         self._thread.start()
 
     def wait(self) -> None:
+        """Waits for the thread.
+
+        Raises:
+            InputError: of `check`.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._refused is not None:
+            raise self._refused
 
     def _work(self, make: Callable[[], Mapping[Path, bytes]]) -> None:
         try:
@@ -90,8 +100,12 @@ class BackgroundWriter:
         self._failure, self._unmade = '', None
         for path, data in list(self._pending.items()):
             try:
+                self._check()
                 ckpt.write_bytes(path, data, previous=self._previous.get(path))
                 del self._pending[path]
+            except InputError as err:
+                self._refused = err
+                return
             except OSError as err:
                 self._failure = f'{path} could not be written: {err.strerror or one_line(err)}'
                 log(f'Warning: {self._failure}; what it held stays, the run goes on, and tries again at the next save')
@@ -160,12 +174,15 @@ class OutputFolder:
         self._exported = False
         self.wanted = bool(path)  # also on the other processes
         self._lock: int | None = None
+        self._folder: int | None = None
         self._events: _Events | None = None
-        self._files = BackgroundWriter({} if self.path is None else {self.path / CHECKPOINT: self.path / PREVIOUS})
+        previous = {} if self.path is None else {self.path / CHECKPOINT: self.path / PREVIOUS}
+        self._files = BackgroundWriter(previous, self._check_folder)
         if self._export is not None:
             self._export.parent.mkdir(parents=True, exist_ok=True)
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._folder = os.open(self.path, os.O_RDONLY)
             self._take_lock(self.path / '.lock')
             ckpt.remove_temporary(self.path)
 
@@ -177,6 +194,22 @@ class OutputFolder:
             raise InputError(f'another process writes to {self.path}: wait for it, or choose another folder') from None
         except OSError:
             pass  # some network file systems have no locks
+
+    def _check_folder(self) -> None:
+        """Raises InputError once the path is no longer the folder that was opened: what is there is another run's."""
+        if self.path is None or self._folder is None:
+            return
+        try:
+            same = os.path.samestat(self.path.stat(), os.fstat(self._folder))
+        except FileNotFoundError:
+            same = False
+        except OSError:  # a disk that is away for a while
+            return
+        if not same:
+            raise InputError(
+                f'{self.path} is no longer the folder that this run began in: it was moved or replaced. What was '
+                'written is in it, under its new name; --auto-resume goes on there'
+            )
 
     def newest(self) -> tuple[str, bytes] | None:
         """The newest whole checkpoint, as its path and bytes; None if there are none.
@@ -203,6 +236,7 @@ class OutputFolder:
         """
         if self.path is None:
             return
+        self._check_folder()
         text = yaml.safe_dump(settings, sort_keys=False)
         ckpt.write_bytes(self.path / 'args.yaml', text.encode())
         for path, data in self._logs(lines, timings).items():
@@ -261,6 +295,7 @@ class OutputFolder:
         """Writes a JSON file; returns ' (its path)', or an empty string if there is no folder."""
         if self.path is None:
             return ''
+        self._check_folder()
         text = json.dumps(_finite(content), indent=1, allow_nan=False)
         ckpt.write_bytes(self.path / name, text.encode())
         return f' ({self.path / name})'
@@ -273,12 +308,15 @@ class OutputFolder:
         """
         try:
             self._files.close()
-            if self._export and not self._exported and self.path and (self.path / BEST).exists():
-                state = ckpt.load(str(self.path / BEST))  # of an earlier start
+            if self._export and not self._exported and self.path:
+                state = ckpt.load(str(self.path))  # of an earlier start
+                if not (self.path / BEST).is_file():
+                    log(f'Warning: {self.path / BEST} is gone: {self._export} has the weights of the newest checkpoint')
                 ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.description(state)))
         finally:
             if self._events is not None:
                 self._events.close()
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+            for descriptor in (self._lock, self._folder):
+                if descriptor is not None:
+                    os.close(descriptor)
+            self._lock = self._folder = None

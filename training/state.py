@@ -72,9 +72,23 @@ def _schedule_state(scheduler: Any) -> dict[str, Any]:
     return state
 
 
+def _read_schedule(scheduler: Any, stored: Any, what: str) -> dict[str, Any]:
+    """What of a schedule's stored state is not said by the flags.
+
+    Raises:
+        InputError: if it is not of such a schedule.
+    """
+    own = _schedule_state(scheduler)
+    known: dict[str, Any] = {name: own[name] for name in ('base_values', 'plateau') if name in own}
+    known['metric'] = None  # there is none before the first epoch
+    if 'restore_lr' in own:  # nor are these, without noise
+        noisy = isinstance(stored, Mapping) and isinstance(stored.get('restore_lr'), list)
+        known['restore_lr'] = own['base_values'] if noisy else None
+    return like(stored, known, what)
+
+
 def _load_schedule(scheduler: Any, state: Mapping[str, Any]) -> None:
-    plain = {name: value for name, value in state.items() if name not in ('plateau', 'restore_lr')}
-    scheduler.load_state_dict(plain)
+    scheduler.load_state_dict({name: state[name] for name in ('base_values', 'metric') if name in state})
     if isinstance(scheduler, PlateauLRScheduler) and 'plateau' in state:
         scheduler.lr_scheduler.load_state_dict(state['plateau'])
         scheduler.restore_lr = state['restore_lr']
@@ -160,7 +174,7 @@ def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
         (isinstance(epoch, int) and is_count(epoch + 1, high=MOST_EPOCHS), 'epoch'),
         (is_number(found['max_accuracy'], low=-1, high=100), 'max_accuracy'),
         (found['keep_rate'] is None or is_number(found['keep_rate'], high=1), 'keep_rate'),
-        (isinstance(state.get('progress') or {}, Mapping), 'progress'),
+        (state.get('progress') is None or isinstance(state['progress'], Mapping), 'progress'),
         (is_count(batch) and is_count(most) and is_count(done, high=most), 'place in the run'),
         (isinstance(within['tally'], Mapping) and all(map(is_number, within['tally'].values()))
          and within['tally'].keys() <= asdict(EpochSums()).keys(), 'tally'),
@@ -197,10 +211,10 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
     Raises:
         InputError: if the checkpoint is of another kind of run.
     """
-    lacking = [name for name in ('optimizer', 'lr_scheduler', 'epoch') if state.get(name) is None]
+    lacking = [name for name in ('model', 'optimizer', 'lr_scheduler', 'epoch') if state.get(name) is None]
     if lacking:
         raise InputError(f'{source} has no {", ".join(lacking)}: it cannot be resumed; start from it with --finetune')
-    weights = model_weights(state, source)
+    weights = model_weights({'model': state['model']}, source)
     check_whole(parts.model, weights, source)
     average = weights
     if parts.model_ema is not None:
@@ -210,8 +224,9 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
             average = model_weights(state, source, ema=True)
         check_whole(parts.model_ema.module, average, source)
     optimizer = check_optimizer(parts.optimizer, state['optimizer'], source)
-    scaler = like(state.get('scaler') or {}, parts.scaler.state_dict(), f'{source}: the scaler')
-    lr_scheduler = like(state['lr_scheduler'], _schedule_state(parts.scheduler), f'{source}: the schedule')
+    scaler = {} if state.get('scaler') is None else state['scaler']
+    scaler = like(scaler, parts.scaler.state_dict(), f'{source}: the scaler')
+    lr_scheduler = _read_schedule(parts.scheduler, state['lr_scheduler'], f'{source}: the schedule')
     progress = read_progress(state, source)
     try:
         plateau = isinstance(parts.scheduler, PlateauLRScheduler)  # its rate is a state, not a function of the epoch
