@@ -161,7 +161,10 @@ def read(source: str) -> bytes:
     Raises:
         InputError: if the file is missing or cannot be read.
     """
-    url = urlsplit(source)
+    try:
+        url = urlsplit(source)
+    except ValueError as err:
+        raise InputError(f'{source}: {one_line(err)}') from None
     if url.scheme in ('http', 'https'):
         path = download(source, lambda path: from_bytes(path.read_bytes(), Path(url.path).name))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -224,7 +225,8 @@ class OutputFolder:
         found = ckpt.newest_in(self.path)
         first = self.path / CHECKPOINT
         if found is not None and first.exists() and found[0] != str(first):
-            first.replace(self.path / f'damaged_{CHECKPOINT}')
+            names = (self.path / f'damaged_{CHECKPOINT}{f".{number}" * (number > 0)}' for number in itertools.count())
+            first.replace(next(name for name in names if not name.exists()))
         return found
 
     def begin(self, settings: dict[str, Any], *, lines: Sequence[dict], timings: Sequence[dict]) -> None:

@@ -1,0 +1,63 @@
+"""A run's folder: nobody writes into another's, and what is left is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from main import main
+from tests.conftest import PLAIN, SMALL_MODEL
+from training import checkpoint as ckpt
+from training.output import OutputFolder
+from utils import InputError
+
+RUN = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--batch-size', '256', '--epochs', '1', '--train-fraction', '0.2']
+
+
+def state(number: float) -> dict:
+    return {'model': {'a': torch.full((2,), number)}, 'progress': None, 'history': [], 'timings': []}
+
+
+def test_a_renamed_folder_ends_its_run(tmp_path: Path) -> None:
+    path = tmp_path / 'out'
+    first = OutputFolder(str(path))
+    first.begin({}, lines=[], timings=[])
+    first.save(state(1.0))
+    first.wait()
+    path.rename(tmp_path / 'moved')
+    first.save(state(2.0))
+    with pytest.raises(InputError, match='no longer the folder that this run began in'):
+        first.wait()
+    second = OutputFolder(str(path))  # a new run under the old name
+    second.save(state(3.0))
+    second.close()
+    for call in (lambda: first.save(state(4.0)), lambda: first.dump('a.json', {}), first.close):
+        with pytest.raises(InputError, match='moved or replaced'):
+            call()
+    assert ckpt.load(str(path / 'checkpoint.pth'))['model']['a'][0] == 3
+    assert ckpt.load(str(tmp_path / 'moved' / 'checkpoint.pth'))['model']['a'][0] == 1
+    assert not (path / 'a.json').exists()
+
+
+def test_a_folder_in_the_place_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / 'out'
+    main([*RUN, '--output_dir', str(out)])
+    (out / 'checkpoint.pth').unlink()
+    (out / 'checkpoint.pth').mkdir()
+    main([*RUN, '--output_dir', str(out), '--auto-resume'])
+    assert 'no such checkpoint file; the one before it is used' in capsys.readouterr().out
+    with (out / 'checkpoint.pth').open('wb') as file:
+        file.truncate(10**12)
+    main([*RUN, '--output_dir', str(out), '--auto-resume'])
+    assert 'is damaged, or no checkpoint of PyTorch; the one before it is used' in capsys.readouterr().out
+
+
+def test_an_export_without_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / 'out', tmp_path / 'best.safetensors'
+    main([*RUN, '--output_dir', str(out)])
+    (out / 'best_checkpoint.pth').unlink()
+    main([*RUN, '--output_dir', str(out), '--auto-resume', '--export-safetensors', str(file)])
+    assert 'best_checkpoint.pth is gone' in capsys.readouterr().out
+    assert ckpt.load(str(file))['model'].keys() == ckpt.load(str(out))['model'].keys()
