@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -40,6 +41,8 @@ def one_line_errors(program: str) -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)
         except OSError as err:
+            if err.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+                leave(program, f'{one_line(err)}: fewer --num_workers need less', 1)
             leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
         except MemoryError:
             leave(program, 'out of memory: smaller batches, or fewer --num_workers, need less', 1)
@@ -61,6 +64,11 @@ def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
         return UsageError('BatchNorm needs more than one value for each channel: raise --batch-size')
     if 'DataLoader timed out' in text:
         return InputError(f'a loader process gave no batch in {args.timeout:g} s (--timeout): it, or its disk, hangs')
+    if 'shared memory' in text or '/torch_' in text:
+        return InputError(
+            f'loader processes have no room in shared memory: {one_line(err)}; give /dev/shm more (docker run '
+            '--shm-size), or fewer --num_workers'
+        )
     if 'DataLoader worker' in text:
         return InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less')
     broken = re.search('gloo|nccl|pair closure|connection|timed out|timeout|broken pipe', text, re.IGNORECASE)

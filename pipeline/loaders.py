@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.augment import BatchedAugment
 from pipeline.images import ImageDataset
 from pipeline.transforms import Augmentation, AugmentedImages
-from pipeline.workers import deadline, ignore_signals
+from pipeline.workers import check_loader_processes, deadline, ignore_signals
 from samplers import Draw, EvalSampler, TrainBatches
 from utils import SizedLoader, UsageError, log
 
@@ -63,6 +63,8 @@ class LoaderOptions:
     def loader(self, dataset: Dataset[Any], *, processes: bool = True, **sampling: Any) -> TimedLoader:
         """A DataLoader with these options; `processes` False reads in this process."""
         workers = self.workers if processes else 0
+        if workers:
+            check_loader_processes(workers)
         return TimedLoader(
             dataset,
             num_workers=workers,

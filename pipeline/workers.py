@@ -8,8 +8,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Listener
+from pathlib import Path
 from types import FrameType
+
+from utils import InputError
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # which ask a run to stop
 
@@ -34,6 +43,43 @@ def deadline(seconds: float, error: Callable[[], Exception]) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _make_room_for_files(needed: int) -> None:
+    """Raises this process's limit on open files as far as it may itself, if it needs so many more.
+
+    Raises:
+        InputError: if that is not enough.
+    """
+    if resource is None or not Path('/proc/self/fd').is_dir():
+        return
+    needed += len(list(Path('/proc/self/fd').iterdir()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed > soft != resource.RLIM_INFINITY:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if needed > soft != resource.RLIM_INFINITY:
+        raise InputError(
+            f'loader processes need {needed} open files, and {soft} are allowed: raise that limit (ulimit -n), or give '
+            'fewer --num_workers'
+        )
+
+
+def check_loader_processes(workers: int) -> None:
+    """Tries what loader processes need to hand batches over; else the first batch would be waited for in vain.
+
+    Raises:
+        InputError: with what is missing.
+    """
+    _make_room_for_files(6 * workers + 4)  # pipes, and a descriptor for each tensor on its way
+    try:
+        Listener(family='AF_UNIX' if hasattr(os, 'fork') else None).close()
+    except OSError as err:
+        raise InputError(
+            f'loader processes cannot open a socket in the folder for temporary files ({err}): set TMPDIR to a shorter '
+            'path, such as /tmp, or give --num_workers 0'
+        ) from None
 
 
 def ignore_signals(worker: int) -> None:
