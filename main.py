@@ -39,6 +39,7 @@ from training.output import OutputFolder
 from training.run import Run, RunSettings, Test, report_accuracy
 from training.signals import Interrupted, Interrupts
 from training.state import MODEL_ARGUMENTS, TrainState, different_arguments, refuse_other_run
+from training.tracking import WandbRun
 from training.weights import class_names, load_fitting, load_whole, model_weights, stored_args
 from utils import InputError, from_main_process, get_rank, is_main_process, log, one_line, share_batchnorm_statistics
 
@@ -202,6 +203,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     derived = {'lr_scaled': lr, 'nb_classes': num_classes, 'n_parameters': num_parameters, **fingerprint}
     progress = training.progress
     output.begin({**vars(args), 'derived': derived}, lines=progress.history, timings=progress.timings)
+    if args.log_wandb and is_main_process():
+        output.tracker = WandbRun(output.path, {**vars(args), **derived}, project=args.wandb_project,
+                                  name=args.experiment, tags=args.wandb_tags)  # fmt: skip
     log(f'{args.model}, {num_parameters:,} parameters, on {args.data_set}: {len(splits.train)} training and '
         f'{len(splits.val)} test images, {num_classes} classes')  # fmt: skip
     processes = f'{process.world_size} process{"es" if process.world_size > 1 else ""}'

@@ -191,6 +191,11 @@ def get_args_parser() -> FlagParser:
                        'leave out in a row')  # fmt: skip
     group.add_argument('--report', action=switch, default=True, help="draw the run in --output_dir's report.html, once "
                        'it is over')  # fmt: skip
+    group.add_argument('--log-wandb', action='store_true', help='log to Weights & Biases too (pip install wandb); '
+                       'WANDB_MODE=offline needs no account')  # fmt: skip
+    group.add_argument('--wandb-project', default='dhvt', help='its project there')
+    group.add_argument('--wandb-tags', default=[], nargs='*', metavar='TAG', help='its tags')
+    group.add_argument('--experiment', metavar='NAME', help="its name; --output_dir's last part by default")
     group.add_argument('--start_epoch', default=0, type=COUNT, help='first epoch; --resume sets it')
     group.add_argument('--eval', action='store_true', help='evaluate only; the flags of the run that wrote the '
                        'checkpoint are the defaults')  # fmt: skip

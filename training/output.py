@@ -21,6 +21,7 @@ from torch import Tensor
 
 from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT, PREVIOUS
+from training.tracking import WandbRun
 from utils import InputError, is_main_process, log, one_line
 
 
@@ -177,6 +178,7 @@ class OutputFolder:
         self._lock: int | None = None
         self._folder: int | None = None
         self._events: _Events | None = None
+        self.tracker: WandbRun | None = None
         previous = {} if self.path is None else {self.path / CHECKPOINT: self.path / PREVIOUS}
         self._files = BackgroundWriter(previous, self._check_folder)
         if self._export is not None:
@@ -285,9 +287,10 @@ class OutputFolder:
         self._files.put(make)
 
     def add_events(self, line: dict[str, Any]) -> None:
-        """Adds an epoch's numbers, 'epoch' among them, to tensorboardX's file."""
-        if self._events is not None:
-            self._events.add(line)
+        """Adds an epoch's numbers, 'epoch' among them, to tensorboardX's file, and to wandb if it is asked for."""
+        for writer in (self._events, self.tracker):
+            if writer is not None:
+                writer.add(line)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on the disk."""
@@ -316,8 +319,9 @@ class OutputFolder:
                     log(f'Warning: {self.path / BEST} is gone: {self._export} has the weights of the newest checkpoint')
                 ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.description(state)))
         finally:
-            if self._events is not None:
-                self._events.close()
+            for writer in (self._events, self.tracker):
+                if writer is not None:
+                    writer.close()
             for descriptor in (self._lock, self._folder):
                 if descriptor is not None:
                     os.close(descriptor)

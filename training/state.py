@@ -25,6 +25,7 @@ FREE_ARGUMENTS = {
     *('num_workers', 'pin_mem', 'data_path', 'data_layout', 'use_lmdb', 'verify_records', 'device', 'amp'),
     *('train_mode', 'local_rank', 'world_size', 'dist_url', 'batch_size', 'accum_steps'),
     *('model_ema_force_cpu', 'augment', 'cache_gib', 'report', 'allow_partial'),
+    *('log_wandb', 'wandb_project', 'wandb_tags', 'experiment'),
 }  # fmt: skip
 
 
