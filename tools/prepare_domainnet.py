@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
 from config.flags import FlagParser
-from pipeline.layouts import CLASSES_FILE, Listing, Lists, read_lists
+from pipeline.files import Listing
+from pipeline.layouts import CLASSES_FILE, Lists, read_lists
 from training.checkpoint import write_file
 from utils import InputError, count, one_line
 
