@@ -96,10 +96,8 @@ class _Store:
             if buffer.address % 8:  # tables of a few images do not get pages of their own
                 buffer = pa.py_buffer(bytes(index))
             table = pa.ipc.open_stream(buffer).read_all()
-            if check_index:
-                _check_table(table, self.header, os.stat(self.env.path()).st_size)
+            self.classes = _check_table(table, self.header, Path(self.env.path()).stat().st_size)
             table = table.combine_chunks()
-            self.classes: list[str] = json.loads(table.schema.metadata[b'classes'])
             self.paths = table['path'].chunk(0)
             self.labels, self.sizes, self.checksums = (
                 table[name].chunk(0).to_numpy() for name in ('label', 'size', 'crc32')
