@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT, PREVIOUS
+from training.lock import take_lock
 from utils import InputError, is_main_process, log, one_line
 
 
@@ -166,17 +166,8 @@ class OutputFolder:
             self._export.parent.mkdir(parents=True, exist_ok=True)
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock(self.path / '.lock')
+            self._lock = take_lock(self.path)
             ckpt.remove_temporary(self.path)
-
-    def _take_lock(self, path: Path) -> None:
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
-        except (BlockingIOError, PermissionError):
-            raise InputError(f'another process writes to {self.path}: wait for it, or choose another folder') from None
-        except OSError:
-            pass  # some network file systems have no locks
 
     def newest(self) -> tuple[str, bytes] | None:
         """The newest whole checkpoint, as its path and bytes; None if there are none.
