@@ -5,7 +5,6 @@ The format, and the data set that reads it, are in pipeline/lmdb_dataset.py.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -15,9 +14,9 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lmdb
 import numpy as np
@@ -28,9 +27,11 @@ from tqdm import tqdm
 from config.errors import one_line_errors
 from config.flags import FlagParser, add_data_flags, usable_workers
 from datasets import DataSource, Splits, build_datasets
-from pipeline.images import ImageDataset
-from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, VERSION, ImageFolderLMDB, _key, _reason
+from pipeline.images import ImageDataset, explain_error
+from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, TABLE, VERSION, ImageFolderLMDB, _key
 from pipeline.workers import end_with_parent
+from training.checkpoint import write_file
+from training.lock import writing_to
 from utils import InputError, UsageError, one_line, shorten
 
 CHUNK_IMAGES, CHUNK_BYTES = 256, 4 * 2**20  # what a reader process hands over at once, whichever comes first
@@ -61,9 +62,8 @@ class _Chunks(Dataset[tuple[list[bytes], list[int]]]):
         for number in self._numbers(chunk):
             try:
                 files.append(self.dataset.raw(number))
-            except (OSError, ValueError) as err:
-                reason = err.strerror if isinstance(err, OSError) else None
-                raise InputError(f'{self.dataset.path(number)}: {reason or one_line(err)}') from None
+            except (OSError, ValueError, MemoryError) as err:
+                raise InputError(f'{self.dataset.path(number)}: {explain_error(err)}') from None
         return files, [zlib.crc32(file) for file in files]
 
 
@@ -80,16 +80,10 @@ class _Problems(_Chunks):
         return len(self._numbers(chunk)), problems
 
 
-def _as_is(item: Any) -> Any:
-    return item
-
-
 def _read(chunks: _Chunks, workers: int) -> Iterator[Any]:
     """The chunks in order, read by several processes, which end with this one; two for each are kept in memory."""
     try:
-        yield from DataLoader(
-            chunks, batch_size=None, num_workers=workers, collate_fn=_as_is, worker_init_fn=end_with_parent
-        )
+        yield from DataLoader(chunks, batch_size=None, num_workers=workers, worker_init_fn=end_with_parent)
     except RuntimeError as err:  # how the loader reports a process that died
         raise InputError(f'a reader process failed: {one_line(err)}') from None
 
@@ -129,56 +123,6 @@ def _put(env: lmdb.Environment, records: Sequence[tuple[bytes, bytes]]) -> None:
             env.set_mapsize(size + max(GROWTH, size // 2, 2 * sum(len(value) for _, value in records)))
 
 
-_locked: set[int] = set()  # descriptors of files that this process writes
-
-
-def _forget_locks() -> None:
-    for descriptor in _locked:
-        os.close(descriptor)  # a lock lasts as long as any process has its descriptor
-    _locked.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-@contextmanager
-def _partial_file(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when the body is done and is removed if it fails.
-
-    Raises:
-        InputError: if another process writes the same file.
-    """
-    partial = path.with_name(path.name + '.partial')
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-    _locked.add(descriptor)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f'another process is writing {partial}: wait for it, or stop it') from None
-        except OSError:
-            pass  # some network file systems have no locks
-        if not (partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())):
-            raise InputError(f'another process has just written {path}')
-        try:
-            os.ftruncate(descriptor, 0)  # what a killed build left
-            yield partial
-            os.fsync(descriptor)
-            partial.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-    finally:
-        _locked.discard(descriptor)
-        os.close(descriptor)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def write_lmdb(
     dataset: ImageDataset, path: Path, *, data_set: str, inat_category: str | None = None, workers: int = 2
 ) -> None:
@@ -194,56 +138,53 @@ def write_lmdb(
         InputError: if a file cannot be read, or the database cannot be written, such as on a full disk.
     """
     started = time.perf_counter()
-    sizes: list[int] = []
-    checksums: list[int] = []
-    records: list[tuple[bytes, bytes]] = []
-    waiting = 0
     if path.is_dir():
         raise InputError(f'{path} is a folder: remove it, or choose another with --out')
-    with (
-        _held_interrupts() as check_interrupt,
-        _partial_file(path) as partial,
-        tqdm(total=len(dataset), desc=path.name, unit=' images') as bar,
-    ):
+
+    def write(file: IO[bytes]) -> None:
+        sizes: list[int] = []
+        checksums: list[int] = []
+        records: list[tuple[bytes, bytes]] = []
+        waiting = 0
+        # No locks: no reader knows this name. No write map and no sparse file: the file grows as it is written.
+        with (
+            lmdb.open(file.name, subdir=False, lock=False, map_size=GROWTH, sync=False, meminit=False) as env,
+            tqdm(total=len(dataset), desc=path.name, unit=' images') as bar,
+        ):
+            for files, sums in _read(_Chunks(dataset), workers):
+                records += zip(map(_key, range(len(sizes), len(sizes) + len(files))), files, strict=True)
+                sizes += map(len, files)
+                checksums += sums
+                waiting += sum(sizes[-len(files) :])
+                if len(records) >= COMMIT_IMAGES or waiting >= COMMIT_BYTES:
+                    _put(env, records)
+                    records, waiting = [], 0
+                bar.update(len(files))
+                check_interrupt()
+            _put(env, [*records, *_describe(dataset, sizes, checksums, data_set, inat_category)])
+            env.sync(True)
+        check_interrupt()
+
+    with _held_interrupts() as check_interrupt:
         try:
-            # No locks: no reader knows this name. No write map and no sparse file: the file grows as it is written.
-            env = lmdb.open(str(partial), subdir=False, lock=False, map_size=GROWTH, sync=False, meminit=False)
-            with env:
-                for files, sums in _read(_Chunks(dataset), workers):
-                    records += zip(map(_key, range(len(sizes), len(sizes) + len(files))), files, strict=True)
-                    sizes += map(len, files)
-                    checksums += sums
-                    waiting += sum(sizes[-len(files) :])
-                    if len(records) >= COMMIT_IMAGES or waiting >= COMMIT_BYTES:
-                        _put(env, records)
-                        records, waiting = [], 0
-                    bar.update(len(files))
-                    check_interrupt()
-                _put(env, [*records, *_describe(dataset, sizes, checksums, data_set, inat_category)])
-                env.sync(True)
-            check_interrupt()
+            write_file(path, write)
         except lmdb.Error as err:
             # LMDB calls a write that a full disk cut short an input/output error.
             full = shutil.disk_usage(path.parent).free < COMMIT_BYTES
-            reason = 'the disk is full' if full else _reason(err, partial)
+            reason = 'the disk is full' if full else one_line(err).rpartition(': ')[2]
             raise InputError(f'cannot write {path}: {reason}; the unfinished file is removed') from None
     seconds = time.perf_counter() - started
-    print(f'{path}: {len(sizes):,} images, {path.stat().st_size / 2**20:,.1f} MiB, '
-          f'{len(sizes) / seconds:,.0f} images/s', flush=True)  # fmt: skip
+    print(f'{path}: {len(dataset):,} images, {path.stat().st_size / 2**20:,.1f} MiB, '
+          f'{len(dataset) / seconds:,.0f} images/s', flush=True)  # fmt: skip
 
 
 def _describe(
     dataset: ImageDataset, sizes: list[int], checksums: list[int], data_set: str, inat_category: str | None
 ) -> list[tuple[bytes, bytes]]:
     """The records of the header and the index."""
-    table = pa.table(
-        {
-            'path': pa.array([os.fsencode(dataset.name(i)) for i in range(len(dataset))], pa.large_binary()),
-            'label': pa.array(dataset.targets, pa.int32()),
-            'size': pa.array(sizes, pa.int64()),
-            'crc32': pa.array(checksums, pa.uint32()),
-        }
-    ).replace_schema_metadata({'classes': json.dumps(dataset.classes)})
+    paths = [os.fsencode(dataset.name(i)) for i in range(len(dataset))]
+    schema = TABLE.with_metadata({'classes': json.dumps(dataset.classes)})
+    table = pa.table([paths, dataset.targets.astype(np.int32), sizes, checksums], schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -261,13 +202,12 @@ def _describe(
 
 def same_images(dataset: ImageDataset, other: ImageDataset) -> bool:
     """Whether two data sets have the same paths, sizes of files, labels and classes in the same order."""
-    return (
-        len(dataset) == len(other)
-        and dataset.classes == other.classes
-        and bool(np.array_equal(dataset.targets, other.targets))
-        and all(dataset.name(i) == other.name(i) for i in range(len(dataset)))
-        and all(dataset.file_size(i) == other.file_size(i) for i in range(len(dataset)))
-    )
+
+    def same(i: int) -> bool:
+        one, two = ((d.name(i), d.file_size(i), d.target(i)) for d in (dataset, other))
+        return one == two
+
+    return len(dataset) == len(other) and dataset.classes == other.classes and all(map(same, range(len(dataset))))
 
 
 def check_lmdb(path: Path, *, workers: int = 2) -> str:
@@ -283,12 +223,8 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
     store = dataset._open()
     problems: list[str] = []
     entries = store.env.stat()['entries'] - 2
-    if not store.header['images'] == len(dataset) == entries:
-        problems.append(
-            f'the header counts {store.header["images"]} images, the index {len(dataset)}, the database {entries}'
-        )
-    if len(dataset) and not 0 <= dataset.targets.min() <= dataset.targets.max() < len(dataset.classes):
-        problems.append('labels outside the classes')
+    if len(dataset) != entries:
+        problems.append(f'the index counts {len(dataset)} images, the database {entries}')
     with tqdm(total=len(dataset), desc=path.name, unit=' images') as bar:
         for images, found in _read(_Problems(dataset), workers):
             problems += found
@@ -335,16 +271,14 @@ def build(
             print(f'{path}: complete, kept; --overwrite writes it again')
         else:
             jobs.append((dataset, path))
-    for dataset, path in jobs:
-        write_lmdb(dataset, path, data_set=data_set, inat_category=inat_category, workers=workers)
+    if jobs:
+        with writing_to(folder):
+            for dataset, path in jobs:
+                write_lmdb(dataset, path, data_set=data_set, inat_category=inat_category, workers=workers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program.
-
-    Raises:
-        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
-    """
+    """Runs the program; SystemExit with 2 for wrong flags, 1 for anything else that cannot be used."""
     args = get_args_parser().parse_args(argv)
     workers = usable_workers(args.num_workers)
     with one_line_errors('folder2lmdb.py'):
@@ -358,14 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         splits = build_datasets(DataSource(args.data_set, args.dir, args.data_layout, category))
         for note in splits.notes:
             print(f'Note: {note}')
-        build(
-            splits,
-            Path(args.out or args.dir),
-            data_set=args.data_set,
-            inat_category=category,
-            overwrite=args.overwrite,
-            workers=workers,
-        )
+        out = Path(args.out or args.dir)
+        build(splits, out, data_set=args.data_set, inat_category=category, overwrite=args.overwrite, workers=workers)
 
 
 if __name__ == '__main__':

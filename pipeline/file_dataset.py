@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.files import read_file
 from pipeline.images import ImageDataset, Transform, pack_names
 from pipeline.layouts import Split
 
@@ -32,8 +33,7 @@ class FileDataset(ImageDataset):
         return os.path.join(self.root, self._name(position))  # noqa: PTH118  ten times as fast as pathlib
 
     def _raw(self, position: int) -> bytes:
-        with open(self._path(position), 'rb') as file:
-            return file.read()
+        return read_file(self._path(position))
 
     def file_size(self, index: int) -> int:
         return Path(self.path(index)).stat().st_size

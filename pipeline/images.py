@@ -40,18 +40,39 @@ def image_extensions() -> frozenset[str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: transparency is dropped and orientation kept, as in torchvision.
+    """An image as RGB, by Pillow's conversion: transparency is dropped and orientation kept, as in torchvision.
 
-    Images with 16 bits keep the upper eight; Pillow alone would clip them to white.
+    16 bits a channel, and 32-bit integers that are no more than that, keep the upper eight bits; Pillow alone would
+    clip grey ones to white.
+
+    Raises:
+        ValueError: for floating point, for larger integers, and if all of 16 bits lie in the lowest sixteenth of the
+            range, as 12-bit data does: it would become black.
     """
-    if image.mode == 'RGB':
-        image.load()
-        return image
+    is_deep = image.mode.startswith('I') or any(';16' in str(tile) for tile in getattr(image, 'tile', [])[:1])
+    if image.mode == 'F':
+        raise ValueError('its values are floating-point numbers, whose range nothing says: save it with 8 or 16 bits')
     if image.mode.startswith('I'):  # I;16, I;16B, I
-        return Image.fromarray((np.clip(np.asarray(image), 0, 2**16 - 1) >> 8).astype(np.uint8)).convert('RGB')
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2**16:
+            raise ValueError('its 32-bit integers are not in 0..65535: save it with 8 or 16 bits')
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')  # without Pillow's warning
-    return image.convert('RGB')
+    if image.mode == 'RGB':
+        image.load()
+    else:
+        image = image.convert('RGB')
+    if is_deep and np.asarray(image).max() < 16:
+        raise ValueError('its 16-bit values are all below 4096, as of 12-bit data: scale them to 0..65535')
+    return image
+
+
+def explain_error(err: Exception) -> str:
+    """Why an image could not be had, in a few words."""
+    if isinstance(err, MemoryError):
+        return 'too little memory'
+    return err.strerror if isinstance(err, OSError) and err.strerror else one_line(err)
 
 
 def decode(data: bytes | memoryview) -> Image.Image:
@@ -76,7 +97,7 @@ def decode(data: bytes | memoryview) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError('it is empty' if len(data) == 0 else 'its format is unknown') from None
     except Exception as err:  # Pillow's readers raise whatever broken bytes lead them to
-        raise ValueError(one_line(err)) from None
+        raise ValueError(explain_error(err)) from None
 
 
 def pack_names(names: Iterable[str]) -> np.ndarray:
@@ -145,10 +166,9 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def _image(self, position: int) -> Image.Image:
         try:
             return decode(self._raw(position))
-        except (ValueError, OSError) as err:
-            reason = err.strerror if isinstance(err, OSError) and err.strerror else one_line(err)
+        except (ValueError, OSError, MemoryError) as err:
             raise BadImageError(
-                f'{self._where(position)} cannot be read as an image ({reason}): {self.remedy}, '
+                f'{self._where(position)} cannot be read as an image ({explain_error(err)}): {self.remedy}, '
                 'or use --on-bad-image skip'
             ) from None
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from pipeline.images import image_extensions
+from pipeline.files import Found, Listing, note_left_out, note_special, read_file, walk
 from utils import InputError, count, shorten
 
+T = TypeVar('T')
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
+VAL_NAMES = ('val', 'valid', 'validation', 'test')  # the first of these that is there validates
 CLASSES_FILE = 'classes.txt'  # one name a line: the order of the labels, where it is not that of the alphabet
 
 
@@ -36,27 +39,17 @@ class Layout(NamedTuple):
     notes: list[str]
 
 
-def _shown(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if not name.startswith('.'))
+def _nfc(name: str) -> str:
+    """A class name in the one Unicode form that names are compared in: macOS writes another."""
+    return unicodedata.normalize('NFC', name)
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return _shown(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.'))
 
 
-def _images_below(folder: Path) -> list[str]:
-    """The images in a folder and those below it, relative to it, in torchvision's order; hidden ones are left out."""
-    found = []
-    extensions = image_extensions()
-
-    def fail(error: OSError) -> None:
-        raise InputError(f'{error.filename}: {error.strerror}') from None
-
-    for parent, _, files in sorted(os.walk(folder, followlinks=True, onerror=fail)):
-        below = Path(parent).relative_to(folder)
-        if not any(part.startswith('.') for part in below.parts):
-            found += [(below / name).as_posix() for name in _shown(files) if Path(name).suffix.lower() in extensions]
-    return found
+def _stop(error: OSError) -> NoReturn:
+    raise InputError(f'{error.filename}: {error.strerror}') from None
 
 
 def _lines(path: Path) -> list[str]:
@@ -71,47 +64,88 @@ def _lines(path: Path) -> list[str]:
 # Folders
 
 
+def _find_splits(root: Path) -> tuple[dict[str, str], list[str]]:
+    """The names of the folders of train and val, whose case does not matter, and of others that could be val."""
+    names = {name.lower(): name for name in _class_folders(root)} if root.is_dir() else {}
+    found = [names[name] for name in VAL_NAMES if name in names]
+    splits = {'train': names['train']} if 'train' in names else {}
+    return {**splits, 'val': found[0]} if found else splits, found[1:]
+
+
 def has_folders(root: Path, *, train: bool) -> bool:
     """Whether a folder holds the splits as folders. DomainNet has a class named train, so that alone says nothing."""
-    has_val = (root / 'val').is_dir() or (root / 'test').is_dir()
-    return has_val and ((root / 'train').is_dir() or not train)
+    splits, _ = _find_splits(root)
+    return 'val' in splits and ('train' in splits or not train)
 
 
 def find_folders(root: Path, *, train: bool) -> Layout:
-    """Reads `train/<class>/…` and `val/<class>/…` or `test/<class>/…`, at any depth below the class.
+    """Reads `train/<class>/…` and `val/<class>/…`, at any depth below the class. See `VAL_NAMES` for val's names.
 
     Classes are numbered in the order of their names, or of `classes.txt` if there is one. Tiny-ImageNet's val/images
     with val_annotations.txt is read as it is.
 
     Raises:
-        InputError: if a folder is missing or empty.
+        InputError: if a folder is missing or empty, images lie outside class folders, or the splits share no class.
     """
     if not root.is_dir():
         raise InputError(f'{root}: no such folder; give the one that holds train/ and val/ with --data-path')
-    val_name = 'test' if (root / 'test').is_dir() and not (root / 'val').is_dir() else 'val'
-    needed = ('train', val_name) if train else (val_name,)
-    absent = [split for split in needed if not (root / split).is_dir()]
+    folders, others = _find_splits(root)
+    needed = ('train', 'val') if train else ('val',)
+    absent = [split for split in needed if split not in folders]
     if absent:
         raise InputError(f'{root} has no folder {" and no folder ".join(absent)}; it needs <split>/<class>/<image>')
+    notes = [f'{root}: {folders["val"]}/ validates; not read: {", ".join(others)}'] if others else []
 
-    present = [split for split in ('train', val_name) if (root / split).is_dir()]
-    annotated = {split: _read_annotations(root / split) for split in present}
-    names = {split: [name for _, name in rows] if rows else _class_folders(root / split)
-             for split, rows in annotated.items()}  # fmt: skip
+    rows: dict[str, list[tuple[str, str]]] = {}
+    names: dict[str, list[str]] = {}  # of the classes
+    walked = []
+    for split, folder in folders.items():
+        rows[split] = _read_annotations(root / folder, notes)
+        names[split] = [name for _, name in rows[split]] or list(map(_nfc, _class_folders(root / folder)))
+        if split in needed and not rows[split]:
+            walked.append(walk(root / folder, _stop))
+            rows[split] = _in_class_folders(root / folder, walked[-1], notes)
     classes = _number_classes(root, sorted({name for found in names.values() for name in found}))
     class_to_idx = {name: index for index, name in enumerate(classes)}
+    used = [{name for _, name in rows[split]} or set(names[split]) for split in folders]
+    _check_shared(root, f'{"/ and ".join(folders.values())}/', used)
 
-    splits, notes = {}, []
+    splits = {}
     for split in needed:
-        rows = annotated[split] or [
-            (f'{name}/{path}', name) for name in names[split] for path in _images_below(root / split / name)
-        ]
-        if not rows:
-            raise InputError(f'{root / split} holds no images (file names must end in .jpg, .png, …)')
-        paths, labels = zip(*((f'{split}/{path}', class_to_idx[name]) for path, name in rows), strict=True)
+        folder = folders[split]
+        paths, labels = zip(*((f'{folder}/{path}', class_to_idx[name]) for path, name in rows[split]), strict=True)
         splits[split] = Split(root, list(paths), list(labels))
-        notes += note_lacking(root / split, labels, classes)
-    return Layout(splits.get('train'), splits[val_name], classes, notes)
+        notes += note_lacking(root / folder, labels, classes)
+    return Layout(splits.get('train'), splits['val'], classes, notes + note_left_out(root, walked))
+
+
+def _in_class_folders(folder: Path, found: Found, notes: list[str]) -> list[tuple[str, str]]:
+    """The paths and class names of a split's images, in torchvision's order; those outside class folders are noted."""
+    outside = found.images.pop('', [])
+    rows = [
+        (f'{below}/{name}', _nfc(below.partition('/')[0]))
+        for below in sorted(found.images, key=lambda path: path.partition('/'))
+        for name in found.images[below]
+    ]
+    if outside and not rows:
+        raise InputError(
+            f'{folder} holds {count(outside, "image")} outside class folders: move each into the folder of its class, '
+            f"{folder.name}/<class>/<image>; for ImageNet's val the script valprep.sh does so"
+        )
+    if not rows:
+        raise InputError(f'{folder} holds no images (file names must end in .jpg, .png, …)')
+    if outside:
+        notes.append(f'{folder}: left out, as outside class folders: {count(outside, "image")}')
+    return rows
+
+
+def _check_shared(where: Path, splits: str, names: Sequence[set[str]]) -> None:
+    if len(names) == 2 and all(names) and not names[0] & names[1]:
+        train, val = (shorten(sorted(found)) for found in names)
+        raise InputError(
+            f'{where}: {splits} share no class ({train} | {val}): both need the same class folders, '
+            '<split>/<class>/<image>'
+        )
 
 
 def note_lacking(where: Path | str, targets: Iterable[int], classes: Sequence[str]) -> list[str]:
@@ -123,7 +157,7 @@ def note_lacking(where: Path | str, targets: Iterable[int], classes: Sequence[st
     return [f'{where} has no images of {len(lacking)} of the {len(classes)} classes: {shorten(lacking)}']
 
 
-def _read_annotations(folder: Path) -> list[tuple[str, str]]:
+def _read_annotations(folder: Path, notes: list[str]) -> list[tuple[str, str]]:
     """Paths and class names of Tiny-ImageNet's validation split, sorted; none if this is not one."""
     path = folder / 'val_annotations.txt'
     if not (path.is_file() and (folder / 'images').is_dir()):
@@ -135,9 +169,8 @@ def _read_annotations(folder: Path) -> list[tuple[str, str]]:
             label = rest.partition('\t')[0].strip()
             if not label or '/' in name:
                 raise InputError(f'{path}, line {number}: {line!r} is not a file name, a tab and a class')
-            rows.append((f'images/{name}', label))
-    _require(folder, [path for path, _ in rows], source=path)
-    return sorted(rows)
+            rows.append((f'images/{name}', _nfc(label)))
+    return sorted(_present(Listing(folder), rows, source=path, notes=notes))
 
 
 def _number_classes(root: Path, found: list[str]) -> list[str]:
@@ -147,7 +180,7 @@ def _number_classes(root: Path, found: list[str]) -> list[str]:
     path = root / CLASSES_FILE
     if not path.is_file():
         return found
-    classes = [line for line in _lines(path) if line.strip()]
+    classes = [_nfc(line) for line in _lines(path) if line.strip()]
     unknown = sorted(set(found) - set(classes))
     if unknown or len(set(classes)) < len(classes):
         problem = f'lacks {count(unknown, "class folder")}' if unknown else 'names a class twice'
@@ -222,7 +255,7 @@ def read_lists(lists: Lists) -> tuple[dict[str, list[tuple[str, int]]], list[str
     labels: dict[str, int] = {}
     for split in rows.values():
         for path, label in split:
-            name = PurePosixPath(path).parent.name
+            name = _nfc(PurePosixPath(path).parent.name)
             if names.setdefault(label, name) != name or labels.setdefault(name, label) != label:
                 raise InputError(
                     f'{lists.train} and {lists.test.name} disagree: label {label} is {names[label]!r} and {name!r}'
@@ -242,11 +275,14 @@ def find_listed(lists: Lists, *, train: bool) -> Layout:
         if not path.is_file():
             raise InputError(f'{path}: no such list; DomainNet has one for training and one for testing')
     rows, classes = read_lists(lists)
-    splits, notes = {}, []
+    used = [{classes[label] for _, label in split} for split in rows.values()]
+    _check_shared(lists.root, f'{lists.train.name} and {lists.test.name}', used)
+    splits: dict[str, Split] = {}
+    notes: list[str] = []
     for name, source in (('train', lists.train), ('test', lists.test)):
         if name == 'test' or train:
-            paths, targets = map(list, zip(*rows[name], strict=True))
-            _require(lists.root, paths, source=source)
+            present = _present(Listing(lists.root), rows[name], source=source, notes=notes)
+            paths, targets = map(list, zip(*present, strict=True))
             splits[name] = Split(lists.root, paths, targets)
             notes += note_lacking(source, targets, classes)
     listed = [name for split in rows.values() for name, _ in split]
@@ -256,28 +292,21 @@ def find_listed(lists: Lists, *, train: bool) -> Layout:
     return Layout(splits.get('train'), splits['test'], classes, notes)
 
 
-class Listing:
-    """Which files are below a folder: each folder is read once, which a file system far away does fast."""
+def _present(listing: Listing, rows: list[tuple[str, T]], *, source: Path, notes: list[str]) -> list[tuple[str, T]]:
+    """The rows whose first entry is a file; those where something else stands in its place are noted.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._found: dict[str, set[str]] = {}
-
-    def __contains__(self, path: str) -> bool:
-        folder, _, name = path.rpartition('/')
-        if folder not in self._found:
-            try:
-                self._found[folder] = {entry.name for entry in os.scandir(self.root / folder)}
-            except (OSError, ValueError):  # the latter for a null byte
-                self._found[folder] = set()
-        return name in self._found[folder]
-
-
-def _require(root: Path, paths: Sequence[str], *, source: Path) -> None:
-    listing = Listing(root)
-    absent = [path for path in paths if path not in listing]
+    Raises:
+        InputError: if nothing is there for some, or no row is left.
+    """
+    absent = [path for path, _ in rows if path not in listing]
     if absent:
-        raise InputError(f'{len(absent)} of the {len(paths)} images in {source} are not in {root}: {shorten(absent)}')
+        where = listing.root
+        raise InputError(f'{len(absent)} of the {len(rows)} images in {source} are not in {where}: {shorten(absent)}')
+    special = {path: kind for path, _ in rows if (kind := listing.special_kind(path))}
+    notes += note_special(source, [f'{path} ({kind})' for path, kind in special.items()])
+    if rows and len(rows) == len(special):
+        raise InputError(f'{source} names nothing that is an image file')
+    return [row for row in rows if row[0] not in special]
 
 
 # iNaturalist
@@ -308,15 +337,15 @@ def find_inaturalist(root: Path, *, year: int, category: str, train: bool) -> La
     if unknown:
         raise InputError(f'{files["val"]} has {category} {shorten(unknown)}, which {files["train"].name} has not')
     listing = Listing(root)
-    splits, notes = {}, []
+    splits: dict[str, Split] = {}
+    notes: list[str] = []
     for split, (label, images) in rows.items():
         if split == 'val' or train:
             absent = [str(number) for number in images if number not in label]
             if absent:
                 raise InputError(f'{files[split]} has no annotation of {count(absent, "image id")}')
-            paths = [_on_disk(path, listing) for path in images.values()]
-            _require(root, paths, source=files[split])
-            targets = [class_to_idx[label[number]] for number in images]
+            listed = [(_on_disk(path, listing), class_to_idx[label[number]]) for number, path in images.items()]
+            paths, targets = map(list, zip(*_present(listing, listed, source=files[split], notes=notes), strict=True))
             splits[split] = Split(root, paths, targets)
             notes += note_lacking(files[split], targets, classes)
     return Layout(splits.get('train'), splits['val'], classes, notes)
@@ -334,7 +363,7 @@ def _on_disk(path: str, listing: Listing) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except OSError as err:
         raise InputError(f"{path}: {err.strerror}; it comes with iNaturalist's annotations") from None
     except (ValueError, RecursionError) as err:

@@ -8,8 +8,9 @@ Format, version 1. An LMDB database in a single file, whose keys are, in this or
 | `header` | JSON: `format` ("image records"), `version`, `images` (their count), `data_set` and `inat_category` (of datasets.py), `index_crc32` |
 | `index` | one Arrow table in IPC stream format |
 
-The table has a row for each image: `path` (binary: relative, with slashes), `label` (int32), `size` (int64, bytes) and
-`crc32` (uint32, of the bytes); its schema's metadata has `classes`, a JSON list of names in the order of their labels.
+The table has a row for each image: `path` (large_binary: relative, with slashes), `label` (int32), `size` (int64, bytes)
+and `crc32` (uint32, of the bytes), all without nulls; its schema's metadata has `classes`, a JSON list of different
+names in the order of their labels.
 Nothing is pickled, and nothing but this module is needed to read it.
 """  # noqa: E501  a table
 
@@ -27,12 +28,14 @@ import lmdb
 import numpy as np
 import pyarrow as pa
 
+from pipeline.files import special_kind
 from pipeline.images import ImageDataset, Transform
 from utils import InputError, one_line
 
 FORMAT, VERSION = 'image records', 1
 REBUILD = 'build it again with folder2lmdb.py --overwrite'
 HEADER, INDEX = b'header', b'index'  # after the numbers, whose first bytes are zero
+TABLE = pa.schema([('path', pa.large_binary()), ('label', pa.int32()), ('size', pa.int64()), ('crc32', pa.uint32())])
 
 
 _key = struct.Struct('>Q').pack
@@ -43,6 +46,32 @@ def _reason(error: lmdb.Error, path: Path) -> str:
 
 
 # Reading
+
+
+def _check_table(table: pa.Table, header: dict[str, Any], file_size: int) -> list[str]:
+    """Checks all that a table says which can be checked without the records; returns the class names.
+
+    Raises:
+        pa.ArrowInvalid, KeyError, TypeError, ValueError: saying what is wrong.
+    """
+    if not table.schema.equals(TABLE):
+        raise ValueError(f'its columns are {", ".join(f"{field.name} {field.type}" for field in table.schema)}')
+    table.validate(full=True)  # what its offsets point to lies in it, and they are in order
+    if table.num_rows != header['images']:
+        raise ValueError(f'the header counts {header["images"]} images, the index {table.num_rows}')
+    if any(column.null_count for column in table.columns):
+        raise ValueError('its table has empty cells')
+    classes = json.loads(table.schema.metadata[b'classes'])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise TypeError('its class names are no list of names')
+    if len(set(classes)) < len(classes):
+        raise ValueError('it names a class twice')
+    labels, sizes = table['label'].to_numpy(), table['size'].to_numpy()
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(f'labels outside the {len(classes)} classes')
+    if len(sizes) and (sizes.min() < 0 or sizes.sum(dtype=np.float64) > file_size):
+        raise ValueError('sizes of images that cannot be')
+    return classes
 
 
 class _Store:
@@ -66,13 +95,14 @@ class _Store:
             buffer = pa.py_buffer(index)
             if buffer.address % 8:  # tables of a few images do not get pages of their own
                 buffer = pa.py_buffer(bytes(index))
-            table = pa.ipc.open_stream(buffer).read_all().combine_chunks()
-            self.classes: list[str] = json.loads(table.schema.metadata[b'classes'])
+            table = pa.ipc.open_stream(buffer).read_all()
+            self.classes = _check_table(table, self.header, Path(self.env.path()).stat().st_size)
+            table = table.combine_chunks()
             self.paths = table['path'].chunk(0)
             self.labels, self.sizes, self.checksums = (
                 table[name].chunk(0).to_numpy() for name in ('label', 'size', 'crc32')
             )
-        except (lmdb.Error, pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as err:
+        except (lmdb.Error, pa.ArrowException, OSError, LookupError, ValueError, TypeError, RecursionError) as err:
             self.close()
             raise InputError(f'{path} is damaged ({one_line(err)}): {REBUILD}') from None
         except BaseException:
@@ -104,7 +134,7 @@ class _Store:
         try:
             header = json.loads(bytes(value))
             version = header['version'] if header['format'] == FORMAT else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             version = None
         if isinstance(version, int) and version != VERSION:
             raise InputError(
@@ -161,6 +191,8 @@ def _open(path: Path) -> lmdb.Environment:
     """
     where = path / 'data.mdb' if path.is_dir() else path
     try:
+        if kind := special_kind(where.stat().st_mode):
+            raise InputError(f'{where} is {kind}, not a file')
         with open(where, 'rb') as file:
             if not file.read(1):
                 raise InputError(f'{where} is empty: {REBUILD}')
@@ -192,7 +224,7 @@ class ImageFolderLMDB(ImageDataset):
         verify: compare each record that is read with its checksum.
 
     Raises:
-        InputError: if it is missing, not readable, truncated, or of another format or version.
+        InputError: if it is missing, not readable, truncated, of another format or version, or if its table is wrong.
     """
 
     remedy = REBUILD

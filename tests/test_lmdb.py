@@ -395,7 +395,7 @@ def test_unreadable_files_stop_the_build(folder: Path, capsys: pytest.CaptureFix
     (folder / 'val' / 'b' / 'gone.jpg').symlink_to('nowhere')
     line = build_fails(capsys, ['--dir', str(folder), '--overwrite'])
     assert 'val/b/gone.jpg: No such file or directory' in line
-    assert not list(folder.glob('*.partial')) and len(ImageFolderLMDB(folder / 'val.lmdb')) == 20
+    assert not list(folder.glob('.*')) and len(ImageFolderLMDB(folder / 'val.lmdb')) == 20
     folder.joinpath('val', 'b', 'gone.jpg').unlink()
 
 
@@ -424,8 +424,11 @@ def start(root: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists() and process.poll() is None:
+PARTIAL = '.train.lmdb.*.dhvt-partial'  # what the writer calls a file that is not whole
+
+
+def wait_for_partial(root: Path, process: subprocess.Popen) -> None:
+    while not list(root.glob(PARTIAL)) and process.poll() is None:
         time.sleep(0.002)
 
 
@@ -438,7 +441,7 @@ def test_killed_builds_leave_nothing_that_opens(tmp_path: Path) -> None:
     rng = random.Random(0)
     for _ in range(3):
         process = start(tmp_path)
-        wait_for(tmp_path / 'train.lmdb.partial', process)
+        wait_for_partial(tmp_path, process)
         time.sleep(rng.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=30)  # until the reader has ended too, which shares the pipe
@@ -447,27 +450,28 @@ def test_killed_builds_leave_nothing_that_opens(tmp_path: Path) -> None:
                 assert 'every image decodes' in check_lmdb(tmp_path / name, workers=0)
     build(tmp_path)
     assert len(ImageFolderLMDB(tmp_path / 'train.lmdb')) == 20000
-    assert not list(tmp_path.glob('*.partial*'))
+    assert not list(tmp_path.glob('.*'))
 
     process = start(tmp_path, '--overwrite')
-    wait_for(tmp_path / 'train.lmdb.partial', process)  # Ctrl-C as early as can be, while processes start
+    wait_for_partial(tmp_path, process)  # Ctrl-C as early as can be, while processes start
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1].splitlines()[-1] == 'folder2lmdb.py: error: interrupted'
-    assert process.returncode == 130 and not list(tmp_path.glob('*.partial*'))
+    assert process.returncode == 130 and not list(tmp_path.glob('.*'))
     assert len(ImageFolderLMDB(tmp_path / 'train.lmdb')) == 20000
 
 
 def test_two_builds_at_once(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    import fcntl
-
-    with open(folder / 'train.lmdb.partial', 'w') as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert 'another process is writing' in build_fails(capsys, ['--dir', str(folder), '--overwrite'])
-    assert (folder / 'train.lmdb.partial').exists()  # the other's
-    with open(folder / 'train.lmdb.partial', 'r+b') as file:  # what a killed build leaves is written over
-        file.write(b'x' * 10000)
-    build(folder, '--overwrite')
-    assert not list(folder.glob('*.partial'))
+    hold = 'import fcntl, sys; f = open(sys.argv[1], "w"); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()'
+    command = [sys.executable, '-c', hold, str(folder / '.lock')]
+    left = folder / PARTIAL.replace('*', 'x')
+    left.write_bytes(b'x' * 10000)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        assert 'another process writes to' in build_fails(capsys, ['--dir', str(folder), '--overwrite'])
+        assert left.exists()  # the other's
+        other.communicate('\n')
+    build(folder, '--overwrite')  # what a killed build leaves is removed
+    assert not list(folder.glob('.*'))
 
 
 def test_format_as_documented(folder: Path) -> None:

@@ -89,7 +89,7 @@ def test_interrupted_run_goes_on(download: Path, tmp_path: Path) -> None:
     first = files(out)
     for name in ('painting/train/apple/1.jpg', 'painting/val/t-shirt/3.jpg', 'painting/classes.txt'):
         (out / name).unlink()
-    (out / 'painting' / 'train' / 'apple' / '.1.jpg.partial').write_bytes(b'half')
+    (out / 'painting' / 'train' / 'apple' / '.1.jpg.x.dhvt-partial').write_bytes(b'half')
     main([str(download), str(out)])
     assert files(out).keys() == first.keys()
 

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, FlagParser, usable_workers
 from config.pretrained import fold_if_equal, load_trained
-from pipeline.images import Transform, decode, image_extensions, pack_names
+from pipeline.files import note_left_out, read_file, walk
+from pipeline.images import Transform, decode, explain_error, pack_names
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from pipeline.transforms import build_transform
 from pipeline.workers import ignore_signals, no_children_left
@@ -85,7 +86,7 @@ class _File:
         return os.fsdecode(self.paths[index])
 
     def raw(self, index: int) -> bytes:
-        return Path(self.path(index)).read_bytes()
+        return read_file(self.path(index))
 
 
 class _Records:
@@ -108,14 +109,12 @@ class _Records:
 def _images_below(folder: str, complain: Callable[[str], None]) -> Iterator[str]:
     """The images in a folder and below it, by name; hidden ones are left out."""
 
-    def fail(error: OSError) -> None:
-        complain(f'{error.filename}: {error.strerror}')
-
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        for name in sorted(files):
-            if not name.startswith('.') and os.path.splitext(name)[1].lower() in image_extensions():  # noqa: PTH122
-                yield os.path.join(parent, name)  # noqa: PTH118  keeps the path as it was given
+    found = walk(folder, lambda error: complain(f'{error.filename}: {error.strerror}'))
+    for note in note_left_out(folder, [found]):
+        complain(note)
+    for below in sorted(found.images, key=lambda path: path.split('/')):
+        for name in found.images[below]:
+            yield os.path.join(folder, below, name)  # noqa: PTH118  keeps the path as it was given
 
 
 def _read_list(stream: IO[bytes]) -> Iterator[str]:
@@ -181,8 +180,8 @@ class Inputs(Dataset[tuple[int, Tensor | str]]):
         part, index = self._place(number)
         try:
             return number, self.transform(decode(part.raw(index)))
-        except (OSError, ValueError, InputError) as err:
-            return number, err.strerror if isinstance(err, OSError) and err.strerror else one_line(err)
+        except (OSError, ValueError, MemoryError, InputError) as err:
+            return number, explain_error(err)
 
 
 def collate(samples: Sequence[tuple[int, Tensor | str]]) -> Batch:

@@ -18,7 +18,6 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -27,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
 from config.flags import FlagParser
-from pipeline.layouts import CLASSES_FILE, Listing, Lists, read_lists
-from training.checkpoint import write_file
+from pipeline.files import Listing
+from pipeline.layouts import CLASSES_FILE, Lists, read_lists
+from training.checkpoint import remove_temporary, write_bytes, write_file
+from training.lock import writing_to
 from utils import InputError, count, one_line
 
 
@@ -40,10 +41,15 @@ def _hard_link(source: Path, target: Path) -> None:
     os.link(source.resolve(), target)  # not of a link that may point elsewhere from its new place
 
 
+def _copy(source: Path, target: Path) -> None:
+    with open(source, 'rb') as original:
+        write_file(target, lambda file: shutil.copyfileobj(original, file))
+
+
 METHODS: dict[str, Callable[[Path, Path], object]] = {
     'hard link': _hard_link,
     'symbolic link': _symlink,
-    'copy': shutil.copyfile,
+    'copy': _copy,
 }
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EINVAL}
 
@@ -85,27 +91,13 @@ def find_sources(root: Path, domain: str) -> tuple[Lists, zipfile.ZipFile | None
         raise InputError(f'{archive} is no zip file, or a part of one ({one_line(err)}): download it again') from None
 
 
-def place(target: Path, make: Callable[[Path], object]) -> None:
-    """Makes a file under another name and renames it, so that a file that is there is complete."""
-    unfinished = target.with_name(f'.{target.name}.partial')
-    unfinished.unlink(missing_ok=True)
-    try:
-        make(unfinished)
-        unfinished.replace(target)
-    except OSError as err:
-        err.filename = err.filename or str(target)  # a full disk names no file
-        raise
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def link_or_copy(source: Path, target: Path, methods: list[str]) -> str:
     """Places a file by the first method that works here; those that do not are taken off the list."""
+    target.unlink(missing_ok=True)  # a link that leads nowhere
     while True:
-        method = methods[0]
         try:
-            place(target, partial(METHODS[method], source))
-            return method
+            METHODS[methods[0]](source, target)
+            return methods[0]
         except OSError as err:
             if err.errno not in NO_LINKS or len(methods) == 1:
                 raise
@@ -122,7 +114,7 @@ def unpack(archive: zipfile.ZipFile, name: str, target: Path) -> None:
         data = archive.read(name)
     except Exception as err:  # zipfile and its decompressors raise several kinds on damaged files
         raise InputError(f'{archive.filename}: {name} is damaged ({one_line(err)}): download it again') from None
-    place(target, lambda path: path.write_bytes(data))
+    write_bytes(target, data)
 
 
 def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
@@ -158,24 +150,29 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
             )
     missing = set(absent)
     jobs = [(name, target) for name, target in jobs if name not in missing]
-    for parent in {target.parent for _, target in jobs}:
-        parent.mkdir(parents=True, exist_ok=True)
-    names = ('\n'.join(classes) + '\n').encode()
-    if not (folder / CLASSES_FILE).is_file() or (folder / CLASSES_FILE).read_bytes() != names:
-        write_file(folder / CLASSES_FILE, lambda file: file.write(names))
-
-    done: dict[str, int] = {}
-    methods = list(METHODS)
-    for name, target in tqdm(jobs, desc=domain, unit=' images'):
-        if target.exists():
-            what = 'there already'
-        elif name in here:
-            what = link_or_copy(root / name, target, methods)
-        else:
-            assert archive is not None
-            unpack(archive, name, target)
-            what = f'out of {domain}.zip'
-        done[what] = done.get(what, 0) + 1
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder):
+        names = ('\n'.join(classes) + '\n').encode()
+        if not (folder / CLASSES_FILE).is_file() or (folder / CLASSES_FILE).read_bytes() != names:
+            write_bytes(folder / CLASSES_FILE, names)
+        for parent in {target.parent for _, target in jobs}:
+            parent.mkdir(parents=True, exist_ok=True)
+            remove_temporary(parent)
+        done: Counter[str] = Counter()
+        methods = list(METHODS)
+        for name, target in tqdm(jobs, desc=domain, unit=' images'):
+            try:
+                if target.exists():
+                    done['there already'] += 1
+                elif name in here:
+                    done[link_or_copy(root / name, target, methods)] += 1
+                else:
+                    assert archive is not None
+                    unpack(archive, name, target)
+                    done[f'out of {domain}.zip'] += 1
+            except OSError as err:
+                err.filename = err.filename or str(target)  # a full disk names no file
+                raise
     others = [str(path) for path in folder.glob('*/*/*') if path not in expected and not path.name.startswith('.')]
     if others:
         raise InputError(

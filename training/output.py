@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT, PREVIOUS
+from training.lock import take_lock
 from training.tracking import WandbRun
 from utils import InputError, is_main_process, log, one_line
 
@@ -186,17 +186,8 @@ class OutputFolder:
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
             self._folder = os.open(self.path, os.O_RDONLY)
-            self._take_lock(self.path / '.lock')
+            self._lock = take_lock(self.path)
             ckpt.remove_temporary(self.path)
-
-    def _take_lock(self, path: Path) -> None:
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
-        except (BlockingIOError, PermissionError):
-            raise InputError(f'another process writes to {self.path}: wait for it, or choose another folder') from None
-        except OSError:
-            pass  # some network file systems have no locks
 
     def _check_folder(self) -> None:
         """Raises InputError once the path is no longer the folder that was opened: what is there is another run's."""
