@@ -97,6 +97,12 @@ def _load_cifar(name: str, root: Path, *, train: bool) -> ArrayDataset:
     return ArrayDataset(loaded.data, loaded.targets, loaded.classes)
 
 
+def _by_class(targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The images' numbers (n,), class by class, at random inside a class."""
+    shuffled = rng.permutation(len(targets))
+    return shuffled[np.argsort(targets[shuffled], kind='stable')]
+
+
 def stratified_part(targets: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
     """A part of a data set with each class's share, by the images' numbers in ascending order.
 
@@ -109,14 +115,40 @@ def stratified_part(targets: np.ndarray, fraction: float, *, seed: int) -> np.nd
         seed: of the ranks and of the order of classes within a rank.
     """
     rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(targets))
-    order = shuffled[np.argsort(targets[shuffled], kind='stable')]  # by class, at random inside
+    order = _by_class(targets, rng)
     counts = np.bincount(targets)
     rank = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
     sorted_targets = targets[order]
     turn = rng.permutation(len(counts))
     taken = np.lexsort((turn[sorted_targets], rank / counts[sorted_targets]))
     return np.sort(order[taken[: max(round(fraction * len(targets)), 1)]])
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """Which training images are held out of training, to choose the best checkpoint: a fraction, or one of the folds.
+
+    Either has each class's share of images, to one image; a class of a single image stays in training, but for folds.
+
+    Args:
+        fraction: of the training images, below 1; 0 for folds.
+        folds, fold: how many parts, which hold each image once, and the number of the one that is held out.
+        seed: chooses other images.
+    """
+
+    fraction: float = 0.0
+    folds: int = 1
+    fold: int = 0
+    seed: int = 0
+
+    def split(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the images that stay in training, and of those that are held out, both ascending."""
+        numbers = np.arange(len(targets))
+        if self.fraction:
+            kept = stratified_part(targets, 1 - self.fraction, seed=self.seed)
+            return kept, np.setdiff1d(numbers, kept)
+        held = np.sort(_by_class(targets, np.random.default_rng(self.seed))[self.fold :: self.folds])
+        return np.setdiff1d(numbers, held), held
 
 
 @dataclass(frozen=True)
@@ -159,12 +191,25 @@ class DataSource:
 
 
 class Splits(NamedTuple):
-    """What `build_datasets` gives. `train` is None where only evaluation was asked for; `notes` are for the user."""
+    """What `build_datasets` gives. `train` is None where only evaluation was asked for; `notes` are for the user.
+
+    `val` chooses the best checkpoint: the test images, as published, or images that are held out of training; then
+    `test` are the test images.
+    """
 
     train: ImageDataset | None
     val: ImageDataset
     num_classes: int
     notes: list[str]
+    test: ImageDataset | None = None
+
+    def only_test(self) -> Splits:
+        """The test images as the split to evaluate."""
+        return self if self.test is None else self._replace(train=None, val=self.test)
+
+    def fingerprint(self) -> str:
+        splits = (self.train, self.val, self.test)
+        return '-'.join(split.fingerprint() for split in splits if split is not None)
 
 
 def _find_layout(source: DataSource, *, train: bool) -> Layout:
@@ -258,6 +303,7 @@ def build_datasets(
     train: bool = True,
     num_classes: int | None = None,
     skip_bad_images: bool = False,
+    hold_out: HoldOut | None = None,
     train_fraction: float = 1.0,
     train_fraction_seed: int = 0,
     known_classes: Sequence[str] | None = None,
@@ -268,7 +314,8 @@ def build_datasets(
         train: whether the training split is needed.
         num_classes: the size of the model's head, where the user sets it.
         skip_bad_images: train with the next good image instead of stopping, and leave bad ones out of evaluation.
-        train_fraction, train_fraction_seed: see `stratified_part`.
+        hold_out: training images that are to choose the best checkpoint in place of the test images.
+        train_fraction, train_fraction_seed: of the images that are left for training; see `stratified_part`.
         known_classes: class names in the order of a trained head, which the labels then follow if it has them all.
 
     Raises:
@@ -280,13 +327,24 @@ def build_datasets(
         for split, dataset, published in zip(('train', 'val'), (train_split, val_split), info.images, strict=True):
             if dataset is not None and len(dataset) != published:
                 notes.append(f'{source}: {len(dataset)} {split} images, {source.name} is published with {published}')
+    test_split = None
+    if hold_out is not None and train_split is not None:
+        kept, held = hold_out.split(train_split.targets)
+        if not len(kept) or not len(held):
+            raise InputError(f'{source}: {len(train_split)} training images are too few to hold some of them out')
+        test_split, val_split = val_split, train_split.part(held, on_bad_image=val_split.on_bad_image)
+        train_split.select(kept)
+        notes.append(f'{len(held)} of {len(kept) + len(held)} training images are held out and choose the best '
+                     f'checkpoint; the {len(test_split)} test images are evaluated by it, at the end')  # fmt: skip
+        notes += note_lacking('what is left', train_split.targets.tolist(), train_split.classes)
     if train_fraction < 1 and train_split is not None:
         whole = len(train_split)
         train_split.select(stratified_part(train_split.targets, train_fraction, seed=train_fraction_seed))
         notes.append(f'{len(train_split)} of {whole} training images are used: --train-fraction {train_fraction}')
         notes += note_lacking('that part', train_split.targets.tolist(), train_split.classes)
     if known_classes is not None:
-        notes += _use_known_classes(source, [d for d in (val_split, train_split) if d is not None], known_classes)
+        opened = [split for split in (val_split, train_split, test_split) if split is not None]
+        notes += _use_known_classes(source, opened, known_classes)
     classes = val_split.classes
     head = num_classes or info.num_classes or len(classes)
     if len(classes) > head:
@@ -294,4 +352,4 @@ def build_datasets(
         raise InputError(f'{source} has {len(classes)} classes, more than {limit}: set --nb-classes {len(classes)}')
     if len(classes) < head:
         notes.append(f'{source} has {len(classes)} classes; the head is made for {head}')
-    return Splits(train_split, val_split, head, notes)
+    return Splits(train_split, val_split, head, notes, test_split)

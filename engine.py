@@ -53,6 +53,7 @@ class EpochSums:
     norms: int = 0
     skipped: int = 0  # optimizer steps that the loss scaler left out
     skipped_in_a_row: int = 0
+    lr: float = 0.0  # of the last step
     seconds: float = 0.0
     data_seconds: float = 0.0  # of these, spent waiting for the loader
 
@@ -64,17 +65,16 @@ class EpochLog:
     sums: EpochSums
     progress: ProgressBar
     epoch: int
-    learning_rate: float
     scaler: torch.amp.GradScaler
     max_skipped: int
 
     def __post_init__(self) -> None:
         self._seconds_before, self._data_seconds_before = self.sums.seconds, self.sums.data_seconds
-        self._unread: list[tuple[int, list[Tensor], Tensor]] = []
+        self._unread: list[tuple[int, float, list[Tensor], Tensor]] = []
 
-    def add(self, batch: int, losses: list[Tensor], norm: Tensor) -> None:
-        """Adds an optimizer step: the number of its first batch, its batches' losses, the norm of its gradient."""
-        self._unread.append((batch, losses, norm))
+    def add(self, batch: int, lr: float, losses: list[Tensor], norm: Tensor) -> None:
+        """Adds an optimizer step: the number of its first batch, its rate, its batches' losses, its gradient's norm."""
+        self._unread.append((batch, lr, losses, norm))
 
     def read(self) -> None:
         """Brings the sums up to date, which waits for the device.
@@ -87,10 +87,10 @@ class EpochLog:
         sums.data_seconds = self._data_seconds_before + self.progress.data_time
         if not self._unread:
             return
-        losses = torch.stack([loss for _, group, _ in self._unread for loss in group])
+        losses = torch.stack([loss for _, _, group, _ in self._unread for loss in group])
         values = iter((all_reduce_sum(losses) / get_world_size()).tolist())
-        norms = torch.stack([norm for _, _, norm in self._unread]).tolist()
-        for (batch, group, _), norm in zip(self._unread, norms, strict=True):
+        norms = torch.stack([norm for *_, norm in self._unread]).tolist()
+        for (batch, sums.lr, group, _), norm in zip(self._unread, norms, strict=True):
             step_losses = [next(values) for _ in group]
             if math.isfinite(norm) and all(map(math.isfinite, step_losses)):
                 for value in step_losses:
@@ -114,14 +114,14 @@ class EpochLog:
             'batches_in_step': len(losses),
             'losses': losses,
             'gradient_norm': norm,
-            'learning_rate': self.learning_rate,
+            'learning_rate': self.sums.lr,
             'loss_scale': self.scaler.get_scale(),
         }
         bad = [value for value in losses if not math.isfinite(value)]
         what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {norm}'
         skipped = self.sums.skipped_in_a_row
         row = f', in {skipped} steps in a row,' if skipped > 1 else ','
-        rates = f'learning rate {self.learning_rate:.3g} and loss scale {step["loss_scale"]:g}'
+        rates = f'learning rate {self.sums.lr:.3g} and loss scale {step["loss_scale"]:g}'
         where = f'at epoch {self.epoch}, step {batch} of {self.progress.steps}'
         return NonFiniteError(f'{what} {where}{row} with {rates}', step)
 
@@ -130,7 +130,7 @@ class EpochLog:
         sums, progress = self.sums, self.progress
         if not sums.losses:  # before the first step of a run that accumulates
             return
-        shown = {'loss': f'{sums.loss_sum / sums.losses:.4f}', 'lr': f'{self.learning_rate:.2e}'}
+        shown = {'loss': f'{sums.loss_sum / sums.losses:.4f}', 'lr': f'{sums.lr:.2e}'}
         shown['grad norm'] = f'{sums.norm_sum / max(sums.norms, 1):.3g}'
         if self.scaler.is_enabled():
             shown['skipped'] = f'{sums.skipped}'
@@ -145,7 +145,7 @@ class EpochLog:
                 f'the loss scaler left out all {sums.skipped} steps of epoch {self.epoch}: try --amp bf16 or off'
             )
         loss, norm = sums.loss_sum / sums.losses, sums.norm_sum / sums.norms
-        stats = {'loss': loss, 'lr': self.learning_rate, 'grad_norm': norm}
+        stats = {'loss': loss, 'lr': sums.lr, 'grad_norm': norm}
         return {**stats, 'skipped_steps': sums.skipped} if self.scaler.is_enabled() else stats
 
 
@@ -210,8 +210,8 @@ def train_one_epoch(
         after_step: called after each optimizer step with the number of the next batch and a function that updates sums.
 
     Returns:
-        `loss`, the mean over all batches and processes; `lr`, after scaling; `grad_norm`, the mean before clipping;
-        with an enabled scaler `skipped_steps`; with a `keep_rate` the last one.
+        `loss`, the mean over all batches and processes; `lr`, after scaling, of the last step; `grad_norm`, the mean
+        before clipping; with an enabled scaler `skipped_steps`; with a `keep_rate` the last one.
 
     Raises:
         NonFiniteError: on all processes alike, for a loss or a gradient that is no finite number; with an enabled
@@ -219,9 +219,8 @@ def train_one_epoch(
     """
     model.train(settings.train_mode)
     parameters = [p for group in optimizer.param_groups for p in group['params']]
-    learning_rate = max(group['lr'] for group in optimizer.param_groups)
     progress = ProgressBar(loader, header=f'Epoch {epoch}', print_freq=settings.print_freq, first=first)
-    log = EpochLog(sums or EpochSums(), progress, epoch, learning_rate, scaler, settings.max_skipped_steps)
+    log = EpochLog(sums or EpochSums(), progress, epoch, scaler, settings.max_skipped_steps)
     losses: list[Tensor] = []  # of this optimizer step
     optimizer.zero_grad()
     for images, targets in progress:
@@ -238,10 +237,11 @@ def train_one_epoch(
             scaler.scale(loss / size).backward()
         losses.append(loss.detach())
         if is_last:
+            lr = max(group['lr'] for group in optimizer.param_groups)
             norm = optimizer_step(optimizer, scaler, parameters, settings.clip_grad)
             if model_ema is not None:
                 model_ema.update(model.module if isinstance(model, DistributedDataParallel) else model)
-            log.add(start, losses, norm)
+            log.add(start, lr, losses, norm)
             losses = []
         if progress.due():
             log.read()

@@ -5,20 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 
-def create_criterion(*, mixed: bool, smoothing: float) -> nn.Module:
+def balanced_class_weights(targets: np.ndarray, num_classes: int) -> Tensor:
+    """Weights (num_classes,) by inverse frequency, whose mean over the images is 1; 1 for a class without images.
+
+    Args:
+        targets: class indices (n,).
+    """
+    counts = np.bincount(targets, minlength=num_classes)
+    weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.tensor(np.where(counts > 0, weights, 1.0), dtype=torch.float32)
+
+
+def create_criterion(*, mixed: bool, smoothing: float, class_weights: Tensor | None = None) -> nn.Module:
     """The loss of logits (B, num_classes), averaged over the batch.
 
     Args:
         mixed: targets are distributions over the classes (B, num_classes), as mixup makes them, already smoothed;
             otherwise they are class indices (B,).
         smoothing: the share of each target that is spread over all classes, where mixup does not do it.
+        class_weights: (num_classes,), of each class's part of the loss, by PyTorch's rules.
     """
+    if class_weights is not None:
+        return nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if mixed else smoothing)
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0.0 else nn.CrossEntropyLoss()

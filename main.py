@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 
 from config.arguments import parse_args
 from config.builders import (
+    build_average,
     build_criterion,
     build_keep_rates,
     build_model,
@@ -30,18 +32,27 @@ from datasets import DATA_SETS
 from engine import TrainSettings, evaluate
 from models.folding import fold_batchnorm
 from models.speed import count_macs, images_per_second
+from pipeline.images import ImageDataset
 from pipeline.workers import no_children_left
 from training import checkpoint as ckpt
 from training.devices import amp_name, default_device, find_amp_dtype, find_device, keep_freed_memory, set_backends
 from training.distributed import Process, find_process, in_turn, init_distributed, report_failure
-from training.ema import MovingAverage
 from training.output import OutputFolder
 from training.run import Run, RunSettings, Test, report_accuracy
 from training.signals import Interrupted, Interrupts
 from training.state import MODEL_ARGUMENTS, TrainState, different_arguments, refuse_other_run
 from training.tracking import WandbRun
 from training.weights import class_names, load_fitting, load_whole, model_weights, stored_args
-from utils import InputError, from_main_process, get_rank, is_main_process, log, one_line, share_batchnorm_statistics
+from utils import (
+    InputError,
+    SizedLoader,
+    from_main_process,
+    get_rank,
+    is_main_process,
+    log,
+    one_line,
+    share_batchnorm_statistics,
+)
 
 
 def start_process(args: argparse.Namespace) -> tuple[Process, torch.device, torch.dtype | None]:
@@ -100,6 +111,23 @@ def evaluate_only(
     return {f'test_{name}': value for name, value in stats.items()}
 
 
+def make_test(
+    args: argparse.Namespace, dataset: ImageDataset, loader: SizedLoader, device: torch.device, amp: torch.dtype | None
+) -> Test:
+    """What evaluates a model on a split."""
+
+    def test(
+        module: nn.Module, header: str, keep_rate: float | None = None, stop: Callable[[], bool] | None = None
+    ) -> dict[str, float]:
+        share_batchnorm_statistics(module)
+        stats = evaluate(model=fold_batchnorm(module), loader=loader, device=device, amp_dtype=amp,
+                         sharded=args.dist_eval, keep_rate=keep_rate, stop=stop, header=header)  # fmt: skip
+        dataset.log_bad_images()
+        return stats
+
+    return test
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Builds everything from the arguments and runs the epochs; returns the last line of the log."""
     process, device, amp_dtype = start_process(args)
@@ -132,21 +160,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.test_speed:
         report_speed(args, model, device, amp_dtype)
 
-    def test(
-        module: nn.Module, header: str, keep_rate: float | None = None, stop: Callable[[], bool] | None = None
-    ) -> dict[str, float]:
-        share_batchnorm_statistics(module)
-        stats = evaluate(model=fold_batchnorm(module), loader=val_loader, device=device, amp_dtype=amp_dtype,
-                         sharded=args.dist_eval, keep_rate=keep_rate, stop=stop, header=header)  # fmt: skip
-        splits.val.log_bad_images()
-        return stats
-
+    test, final_test = make_test(args, splits.val, val_loader, device, amp_dtype), None
+    if splits.test is not None:
+        test_loader = open_loaders(args, splits.only_test(), process, device)[1]
+        final_test = make_test(args, splits.test, test_loader, device, amp_dtype)
     if train_loader is None or splits.train is None:
         return evaluate_only(args, model, test, splits.val.classes, checkpoint)
 
     criterion, teacher = build_criterion(args, process, model, splits)
     settings = TrainSettings(
-        criterion=criterion,
+        criterion=criterion.to(device),
         device=device,
         amp_dtype=amp_dtype,
         clip_grad=args.clip_grad,
@@ -162,12 +185,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     lr = args.lr * total_batch / 512  # learning rates are given for a total batch of 512
     trained = prepare_training(args, model, process, device)
     optimizer = build_optimizer(args, model, lr, device)
-    scheduler = build_scheduler(args, optimizer)
-    ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
-    model_ema = MovingAverage(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
+    updates_per_epoch = math.ceil(len(train_loader) / args.accum_steps)
+    scheduler = build_scheduler(args, optimizer, updates_per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     fingerprint = {
-        'data': f'{splits.train.fingerprint()}-{splits.val.fingerprint()}',
+        'data': splits.fingerprint(),
         'total_batch': total_batch,
         'processes': process.world_size,
         'precision': amp_name(amp_dtype),
@@ -178,15 +200,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         'torch': str(torch.__version__),
     }
     training = Run(
-        state=TrainState(model, model_ema, optimizer, scheduler, scaler),
+        state=TrainState(model, build_average(args, model), optimizer, scheduler, scaler),
         trained=trained,
         loader=train_loader,
         dataset=splits.train,
         test=test,
+        final_test=final_test,
         settings=settings,
         run_settings=RunSettings(
             last_epoch=args.epochs + args.cooldown_epochs,
+            updates_per_epoch=updates_per_epoch,
             lr_delay_epochs=args.lr_delay_epochs,
+            average_counts=args.model_ema_warmup,
             checkpoint_every=args.checkpoint_every,
             rewinds=args.on_nan == 'rewind',
         ),
@@ -200,14 +225,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         training.start_at(args.start_epoch)
 
     num_classes, num_parameters = splits.num_classes, training.num_parameters
-    derived = {'lr_scaled': lr, 'nb_classes': num_classes, 'n_parameters': num_parameters, **fingerprint}
+    chosen_on = f'{training.val_name} images'
+    derived = {'lr_scaled': lr, 'nb_classes': num_classes, 'n_parameters': num_parameters, 'best_chosen_on': chosen_on,
+               **fingerprint}  # fmt: skip
     progress = training.progress
     output.begin({**vars(args), 'derived': derived}, lines=progress.history, timings=progress.timings)
     if args.log_wandb and is_main_process():
         output.tracker = WandbRun(output.path, {**vars(args), **derived}, project=args.wandb_project,
                                   name=args.experiment, tags=args.wandb_tags)  # fmt: skip
     log(f'{args.model}, {num_parameters:,} parameters, on {args.data_set}: {len(splits.train)} training and '
-        f'{len(splits.val)} test images, {num_classes} classes')  # fmt: skip
+        f'{len(splits.val)} {chosen_on}, {num_classes} classes')  # fmt: skip
     processes = f'{process.world_size} process{"es" if process.world_size > 1 else ""}'
     log(f'{processes} on {device.type} in {amp_name(amp_dtype)}, augmentation {augmented}, total batch {total_batch}, '
         f'learning rate {lr:.3g}')  # fmt: skip

@@ -40,6 +40,52 @@ class RASampler(RepeatAugSampler):
         )
 
 
+class BalancedSampler(Sampler[int]):
+    """Each class equally often, in an epoch as long as the data set: rounds of one image of each class, in any order.
+
+    A class gives its images in turn, shuffled anew whenever all have been; so those of a small class stand several
+    times in an epoch, and some of a large one not at all. Any beginning of an epoch is balanced, to one round.
+
+    Args:
+        targets: class indices (n,).
+        seed: of the order, with the epoch's number.
+        num_repeats: how often each image stands at its place, for repeated augmentation.
+    """
+
+    def __init__(self, targets: np.ndarray, *, seed: int, num_repeats: int = 1) -> None:
+        by_class = np.split(np.argsort(targets, kind='stable'), np.cumsum(np.bincount(targets))[:-1])
+        self.members = [images for images in by_class if len(images)]
+        self.length = len(targets)
+        self.seed = seed
+        self.num_repeats = num_repeats
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        rounds = -(-self.length // (len(self.members) * self.num_repeats))
+        columns = [
+            np.concatenate([rng.permutation(images) for _ in range(-(-rounds // len(images)))])[:rounds]
+            for images in self.members
+        ]
+        order = rng.permuted(np.stack(columns, axis=1), axis=1).reshape(-1)  # (rounds, classes) to (rounds * classes,)
+        return iter(order.repeat(self.num_repeats)[: self.length].tolist())
+
+
+def _count_before(order: np.ndarray) -> np.ndarray:
+    """How often the number at each place of a sequence has stood in it before."""
+    places = np.argsort(order, kind='stable')
+    ranked = order[places]
+    before = np.empty_like(places)
+    before[places] = np.arange(len(order)) - np.searchsorted(ranked, ranked)
+    return before
+
+
 class Draw(NamedTuple):
     """One appearance of an image in training. With the run's seed, it decides the image's augmentation."""
 
@@ -52,10 +98,10 @@ class TrainBatches(Sampler[list[Draw]]):
     """The batches of one process, for a DataLoader's `batch_sampler`.
 
     An epoch is a fixed sequence of draws, the published one: repeated augmentation's, or a permutation seeded with the
-    epoch. Batch k of all processes together takes the k-th stretch of it, whose draws are dealt out in turn; what does
-    not fill a last batch is left out. A stretch that is to go on in the middle may have other processes or batch
-    sizes than it began with: the draws that remain are dealt out to those, each once. Should they be fewer than the
-    processes, they are left out.
+    epoch; or a balanced one. Batch k of all processes together takes the k-th stretch of it, whose draws are dealt out
+    in turn; what does not fill a last batch is left out. A stretch that is to go on in the middle may have other
+    processes or batch sizes than it began with: the draws that remain are dealt out to those, each once. Should they be
+    fewer than the processes, they are left out.
 
     Args:
         num_images: in the data set.
@@ -64,6 +110,8 @@ class TrainBatches(Sampler[list[Draw]]):
         rank: this process's number.
         repeated: use repeated augmentation.
         even: give each process an even number of draws, which mixing needs.
+        balanced: class indices (num_images,), to draw each class equally often (`BalancedSampler`).
+        seed: of that.
     """
 
     def __init__(
@@ -75,22 +123,23 @@ class TrainBatches(Sampler[list[Draw]]):
         rank: int = 0,
         repeated: bool = False,
         even: bool = False,
+        balanced: np.ndarray | None = None,
+        seed: int = 0,
     ) -> None:
         self.num_images = num_images
         self.total_batch = batch_size * num_replicas
         self.num_replicas = num_replicas
         self.rank = rank
-        self.repeats = 3 if repeated else 1
         self.unit = 2 if even else 1
-        images = range(num_images)
-        # Over one process: the sequence that the published samplers deal out to several.
-        self._sampler: RASampler | DistributedSampler = (
-            RASampler(images, num_repeats=self.repeats)
-            if repeated
-            else DistributedSampler(images, num_replicas=1, rank=0)  # type: ignore[arg-type]
-        )
+        self._sampler: RASampler | DistributedSampler | BalancedSampler
+        if balanced is not None:
+            self._sampler = BalancedSampler(balanced, seed=seed, num_repeats=3 if repeated else 1)
+        elif repeated:  # over one process: the sequence that the published samplers deal out to several
+            self._sampler = RASampler(range(num_images))
+        else:
+            self._sampler = DistributedSampler(range(num_images), num_replicas=1, rank=0)  # type: ignore[arg-type]
         length = len(self._sampler)
-        if not repeated or num_images < 256:  # the published samplers fill up the last turn, or cut it off
+        if not isinstance(self._sampler, RASampler) or num_images < 256:  # the last turn is filled up, or cut off
             length += -length % num_replicas
         self.num_draws = length // self.total_batch * self.total_batch
         self.start(0)
@@ -144,14 +193,15 @@ class TrainBatches(Sampler[list[Draw]]):
         return [self._deal(self._batches[number - self.first], rank, order) for rank in range(self.num_replicas)]
 
     def _order(self) -> np.ndarray:
+        """The epoch's images, and how often each has stood in it before, (2, n)."""
         self._sampler.set_epoch(self.epoch)
-        return np.fromiter(self._sampler, dtype=np.int64, count=len(self._sampler))
+        images = np.fromiter(self._sampler, dtype=np.int64, count=len(self._sampler))
+        images = np.resize(images, max(len(images), self.length))  # begins anew to fill up the last turn
+        return np.stack([images, _count_before(images)])
 
     def _deal(self, batch: np.ndarray, rank: int, order: np.ndarray) -> list[Draw]:
         own = batch.reshape(-1, self._dealt_by)[rank :: self.num_replicas].reshape(-1)
-        turns = own // len(order) * self.repeats + own % len(order) % self.repeats
-        indices = order[own % len(order)]
-        return [Draw(i, self.epoch, turn) for i, turn in zip(indices.tolist(), turns.tolist(), strict=True)]
+        return [Draw(image, self.epoch, repeat) for image, repeat in order[:, own].T.tolist()]
 
     def __iter__(self) -> Iterator[list[Draw]]:
         order = self._order()

@@ -78,6 +78,8 @@ def get_args_parser() -> FlagParser:
                        'pass: less memory, about a third more time')  # fmt: skip
     group.add_argument('--model-ema', action=switch, default=True, help='keep a moving average of the weights')
     group.add_argument('--model-ema-decay', default=0.99996, type=PROBABILITY, help='its decay for each step')
+    group.add_argument('--model-ema-warmup', action='store_true', help="timm's: the decay grows with the steps up to "
+                       'that; the average then counts for the best checkpoint where it is the better one')  # fmt: skip
     group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it in host memory')
 
     group = parser.add_argument_group('token reorganisation', 'of EViT, the models named deit_…_shrink_base')
@@ -111,6 +113,8 @@ def get_args_parser() -> FlagParser:
     group = parser.add_argument_group('learning rate schedule')
     group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly', 'plateau'))
     group.add_argument('--lr', default=5e-4, type=AMOUNT, help='before scaling by total batch / 512')
+    group.add_argument('--sched-on-updates', action='store_true', help='the schedule goes by optimizer steps, not by '
+                       'epochs, and without --lr-delay-epochs')  # fmt: skip
     group.add_argument('--lr-noise', nargs='+', type=PROBABILITY, metavar='PART', help='noise from (to) this part on')
     group.add_argument('--lr-noise-pct', default=0.67, type=AMOUNT, help='limit of the noise')
     group.add_argument('--lr-noise-std', default=1.0, type=AMOUNT, help='standard deviation of the noise')
@@ -157,9 +161,19 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--verify-records', action='store_true', help='compare each LMDB record with its checksum')
     group.add_argument('--on-bad-image', default='stop', choices=('stop', 'skip'), help='an image that cannot be '
                        'decoded: stop, or train with the next good one and leave it out of evaluation')  # fmt: skip
+    group.add_argument('--val-fraction', default=0.0, type=PROBABILITY, help='hold out this part of the training '
+                       'images, the same share of each class, to choose the best checkpoint; the test images are then '
+                       'evaluated once, by that checkpoint at the end')  # fmt: skip
+    group.add_argument('--val-seed', default=0, type=SEED, help='holds out others, also with --folds')
+    group.add_argument('--folds', type=FROM_ONE, help='hold out one of so many parts instead, for cross-validation')
+    group.add_argument('--fold', type=COUNT, help='its number, from 0 on')
     group.add_argument('--train-fraction', default=1.0, type=PART, help='use this part of the training images, the '
                        'same share of each class; a smaller part lies inside a larger one')  # fmt: skip
     group.add_argument('--train-fraction-seed', default=0, type=SEED, help='chooses another part')
+    group.add_argument('--sampler', default='random', choices=('random', 'balanced'), help='balanced draws each class '
+                       'equally often')  # fmt: skip
+    group.add_argument('--class-weights', default='none', choices=('none', 'balanced'), help='balanced weighs each '
+                       "class's part of the loss by its inverse frequency")  # fmt: skip
     group.add_argument('--cache-gib', default=4.0, type=AMOUNT, metavar='GIB', help='memory on the device for images '
                        'of one size, kept there if all fit: up to 32 px in training, and in evaluation')  # fmt: skip
     group.add_argument('--pin-mem', action=switch, default=True, help='pin batches in host memory for GPUs')
@@ -330,9 +344,19 @@ def check_args(args: argparse.Namespace) -> None:
         (args.eval and args.only_test_speed, '--eval and --only_test_speed exclude each other'),
         (args.start_epoch >= args.epochs,
          f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}'),
+        (args.val_fraction == 1, '--val-fraction 1 leaves nothing to train with'),
+        (args.val_fraction and args.folds, '--val-fraction and --folds exclude each other'),
+        ((args.folds is None) != (args.fold is None), '--folds and --fold need each other: --folds 5 --fold 0'),
+        (args.folds == 1, '--folds 1 leaves nothing to train with'),
+        (args.folds is not None and args.fold is not None and args.fold >= args.folds,
+         f'--fold {args.fold} is none of the {args.folds} folds, which are numbered from 0 on'),
         *((trains and asked and not args.output_dir, f'{flag} needs a folder for checkpoints: --output_dir')
           for flag, asked in (('--auto-resume', args.auto_resume), ('--on-nan rewind', args.on_nan == 'rewind'),
-                              ('--checkpoint-every', args.checkpoint_every is not None))),
+                              ('--checkpoint-every', args.checkpoint_every is not None),
+                              ('--val-fraction', args.val_fraction > 0), ('--folds', args.folds is not None))),
+        (args.model_ema_warmup and not args.model_ema, '--model-ema-warmup needs the average: no --no-model-ema'),
+        (args.sched_on_updates and args.sched == 'plateau',
+         '--sched-on-updates is for schedules by time: plateau looks at the loss after each epoch'),
         (args.allow_partial and not args.finetune, '--allow-partial needs --finetune FILE'),
         (args.force_resume and not (args.resume or args.auto_resume),
          '--force-resume needs --resume FILE or --auto-resume'),

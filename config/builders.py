@@ -21,10 +21,11 @@ from config.models import (
 )
 from config.teachers import DEFAULT_TEACHER, create_teacher
 from datasets import Splits
-from losses import DistillationLoss, Teacher, create_criterion
+from losses import DistillationLoss, Teacher, balanced_class_weights, create_criterion
 from models import evit
 from training.distributed import Process, in_turn
-from utils import UsageError, one_line
+from training.ema import MovingAverage
+from utils import UsageError, log, one_line
 
 
 def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
@@ -57,7 +58,10 @@ def build_criterion(
         UsageError: if the student has one head only, or the teacher cannot be built.
         InputError: if the teacher's weights cannot be had.
     """
-    criterion = create_criterion(mixed=mixes_images(args), smoothing=args.smoothing)
+    weights = None
+    if args.class_weights == 'balanced' and splits.train is not None:
+        weights = balanced_class_weights(splits.train.targets, splits.num_classes)
+    criterion = create_criterion(mixed=mixes_images(args), smoothing=args.smoothing, class_weights=weights)
     if args.distillation_type == 'none':
         return criterion, None
     if not hasattr(model, 'set_distilled_training'):
@@ -124,7 +128,19 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
     return optimizer
 
 
-def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Any:
+def build_average(args: argparse.Namespace, model: nn.Module) -> MovingAverage | None:
+    """The moving average of the model's weights, None if it is not wanted."""
+    if not args.model_ema:
+        return None
+    device = torch.device('cpu') if args.model_ema_force_cpu else None
+    return MovingAverage(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int = 1) -> Any:
+    """timm's schedule, by epochs or by optimizer steps."""
+    if args.epochs <= args.warmup_epochs:
+        log(f'Note: --epochs {args.epochs} is not above --warmup-epochs {args.warmup_epochs}: the schedule never '
+            'reaches its rate; lower --warmup-epochs')  # fmt: skip
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -140,5 +156,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
         noise_pct=args.lr_noise_pct,
         noise_std=args.lr_noise_std,
         noise_seed=args.seed,
+        step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=updates_per_epoch,
     )
     return scheduler

@@ -10,7 +10,7 @@ import torch
 
 from config.arguments import mixes_images
 from config.flags import usable_workers
-from datasets import DataSource, Splits, build_datasets
+from datasets import DataSource, HoldOut, Splits, build_datasets
 from pipeline.augment import BatchedMixup
 from pipeline.loaders import LoaderOptions, TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
@@ -34,6 +34,13 @@ def find_augmentation(args: argparse.Namespace) -> Augmentation:
     )
 
 
+def find_hold_out(args: argparse.Namespace) -> HoldOut | None:
+    """Which training images are held out, None for none."""
+    if args.folds is not None:
+        return HoldOut(folds=args.folds, fold=args.fold, seed=args.val_seed)
+    return HoldOut(args.val_fraction, seed=args.val_seed) if args.val_fraction else None
+
+
 def load_splits(args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None) -> Splits:
     """Builds the data set, one process first where files may have to be downloaded.
 
@@ -55,6 +62,7 @@ def load_splits(args: argparse.Namespace, process: Process, known_classes: Seque
             train=not args.eval,
             num_classes=args.nb_classes,
             skip_bad_images=args.on_bad_image == 'skip',
+            hold_out=find_hold_out(args),
             train_fraction=args.train_fraction,
             train_fraction_seed=args.train_fraction_seed,
             known_classes=known_classes,
@@ -76,6 +84,8 @@ def plan_batches(args: argparse.Namespace, splits: Splits, process: Process) -> 
         rank=process.rank,
         repeated=args.repeated_aug,
         even=mixes_images(args),
+        balanced=splits.train.targets if args.sampler == 'balanced' else None,
+        seed=args.seed,
     )
     if not len(batches):
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import os
@@ -257,6 +258,15 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """Keeps these of the images, in this order."""
         self._selected = indices if self._selected is None else self._selected[indices]
         self._length = len(self._selected)
+
+    def part(self, indices: np.ndarray, *, on_bad_image: str) -> ImageDataset:
+        """These of the images as a data set of their own, which reads them from the same place."""
+        part = copy.copy(self)
+        part.select(indices)
+        part.on_bad_image = on_bad_image
+        part._bad = torch.zeros_like(self._bad).share_memory_()
+        part._logged = part._bad.clone()
+        return part
 
     def __len__(self) -> int:
         return self._length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_evaluation_sees_each_image_once(n: int, replicas: int) -> None:
 
 
 def all_batches(
-    n: int, *, batch: int, replicas: int, start: dict | None = None, **kwargs: bool
+    n: int, *, batch: int, replicas: int, start: dict | None = None, **kwargs: Any
 ) -> list[list[list[Draw]]]:
     """The batches of each process."""
     plans = [TrainBatches(n, batch_size=batch, num_replicas=replicas, rank=rank, **kwargs) for rank in range(replicas)]
@@ -120,3 +121,34 @@ def test_fewer_draws_than_processes_are_counted() -> None:
     plan = TrainBatches(256, batch_size=2, num_replicas=8)
     plan.start(0, done=250, num_draws=256)
     assert (len(plan), plan.unplaced, list(plan)) == (0, 6, [])
+
+
+UNEQUAL = np.random.default_rng(0).permutation(np.repeat([0, 1, 3, 4], [700, 250, 48, 2]))
+
+
+@pytest.mark.parametrize('repeated', [True, False])
+@pytest.mark.parametrize('replicas', [1, 2, 3])
+def test_balanced_batches(repeated: bool, replicas: int) -> None:
+    """Each class equally often, in each epoch and seed in another order; no draw stands twice."""
+    kwargs: dict[str, Any] = {'repeated': repeated, 'balanced': UNEQUAL}
+    batches = all_batches(1000, batch=16, replicas=replicas, **kwargs)
+    draws = [draw for own in batches for batch in own for draw in batch]
+    assert len(draws) == 1000 // (16 * replicas) * 16 * replicas and len(set(draws)) == len(draws)
+    counts = np.bincount(UNEQUAL[[draw.image for draw in draws]])[[0, 1, 3, 4]]
+    assert counts.max() - counts.min() <= (3 if repeated else 1)
+    shown = np.bincount([draw.image for draw in draws], minlength=1000)
+    for target in (0, 1, 3, 4):  # its images in turn
+        own = shown[target == UNEQUAL]
+        assert own.max() - own.min() <= (3 if repeated else 1)
+    assert batches == all_batches(1000, batch=16, replicas=replicas, **kwargs)
+    assert batches != all_batches(1000, batch=16, replicas=replicas, seed=1, **kwargs)
+    assert batches != all_batches(1000, batch=16, replicas=replicas, start={'epoch': 4}, **kwargs)
+
+
+def test_a_balanced_epoch_goes_on_with_other_processes() -> None:
+    (own,) = all_batches(1000, batch=50, replicas=1, balanced=UNEQUAL)
+    whole = [draw for batch in own for draw in batch]
+    start = {'epoch': 3, 'done': 350, 'num_draws': 1000, 'first': 7}
+    assert all_batches(1000, batch=50, replicas=1, balanced=UNEQUAL, start=start)[0] == own[7:]
+    rest = all_batches(1000, batch=25, replicas=2, balanced=UNEQUAL, start=start)
+    assert sorted(draw for own in rest for batch in own for draw in batch) == sorted(whole[350:])

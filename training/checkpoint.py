@@ -33,7 +33,7 @@ NO_COMMENT = b'PK\x05\x06' + bytes(18)  # a zip archive's last record: counts, o
 TEMPORARY = '.dhvt-partial'  # how names of files end that are not whole yet
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
 PLAIN = (
-    *('args', 'classes', 'fingerprint', 'epoch', 'progress', 'max_accuracy', 'keep_rate'),
+    *('args', 'classes', 'fingerprint', 'epoch', 'progress', 'max_accuracy', 'best_of', 'keep_rate'),
     *('history', 'timings', 'left_out'),
 )  # what is printed, compared and written on, and never holds tensors
 MOST_VALUES, MOST_DEPTH, MOST_BITS = 2_000_000, 20, 64

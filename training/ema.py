@@ -10,16 +10,23 @@ from torch import Tensor, nn
 class MovingAverage(ModelEmaV3):
     """timm's ModelEmaV3, which looks up all weights by name at each update, with its lists of tensors made once.
 
-    Its formula and its state are unchanged. Neither the model nor the average may get other tensors afterwards:
+    Its formula and its state are unchanged. With `use_warmup` it counts the updates itself; `updates`, those before the
+    next one, is set where a run goes on. Neither the model nor the average may get other tensors afterwards:
     loading a state copies into those that are there.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float, device: torch.device | None = None) -> None:
-        super().__init__(model, decay=decay, device=device)
+    def __init__(
+        self, model: nn.Module, *, decay: float, use_warmup: bool = False, device: torch.device | None = None
+    ) -> None:
+        super().__init__(model, decay=decay, use_warmup=use_warmup, device=device)
+        self.updates = 0
         self._lists: tuple[list[Tensor], ...] | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:
+        self.updates += 1
+        if self.use_warmup and step is None:
+            step = self.updates
         if not self.foreach:  # the average lies elsewhere
             super().update(model, step)
             return

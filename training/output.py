@@ -21,6 +21,7 @@ from torch import Tensor
 from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT, PREVIOUS
 from training.lock import take_lock
+from training.state import as_best
 from training.tracking import WandbRun
 from utils import InputError, is_main_process, log, one_line
 
@@ -265,12 +266,15 @@ class OutputFolder:
         def make() -> dict[Path, bytes]:
             if any(value.is_floating_point() and bool(value.isnan().any()) for value in copied['model'].values()):
                 raise ValueError('its weights are not all numbers')
+            best_state = as_best(copied)
             files: dict[Path, bytes] = {}  # the checkpoint after what it says is there: a kill between has both redone
             if best and self._export is not None:
-                files[self._export] = ckpt.to_safetensors(copied['model'], ckpt.description(copied))
+                files[self._export] = ckpt.to_safetensors(best_state['model'], ckpt.description(copied))
             if self.path is not None:
                 data = ckpt.to_bytes(copied)
-                files |= {**({self.path / BEST: data} if best else {}), self.path / CHECKPOINT: data}
+                if best:
+                    files[self.path / BEST] = data if best_state is copied else ckpt.to_bytes(best_state)
+                files[self.path / CHECKPOINT] = data
                 if copied['progress'] is None:
                     files |= self._logs(copied['history'], copied['timings'])
             return files

@@ -25,12 +25,13 @@ from training.state import TrainingProgress, TrainState, compare, load_state, re
 from training.weights import stored_args
 from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log
 
+TEST_RESULT = 'test.json'
 MAX_REWINDS = 10  # in an epoch
 Test = Callable[..., dict[str, float]]  # evaluates a model under a header, at a keep rate, until told to stop
 
 
-def report_accuracy(stats: dict[str, float]) -> None:
-    log(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
+def report_accuracy(stats: dict[str, float], *, images: str = 'test') -> None:
+    log(f'Accuracy of the network on the {stats["images"]} {images} images: {stats["acc1"]:.1f}%')
     log(f'  acc@1 {stats["acc1"]:.4f}  acc@5 {stats["acc5"]:.4f}  loss {stats["loss"]:.6f}')
 
 
@@ -39,7 +40,9 @@ class RunSettings:
     """How a run goes on from epoch to epoch, and what it does about trouble."""
 
     last_epoch: int  # how many epochs there are, the cool-down included
-    lr_delay_epochs: int = 0  # by which training trails the schedule
+    updates_per_epoch: int  # optimizer steps
+    lr_delay_epochs: int = 0  # by which training trails a schedule that goes by epochs
+    average_counts: bool = False  # the moving average may be the best too
     checkpoint_every: tuple[str, float] | None = None  # 'steps' or 'minutes', and how many, inside an epoch
     rewinds: bool = False  # go back, once a step gives no finite numbers, and leave it out
 
@@ -52,7 +55,8 @@ class Run:
         trained: the model as it is called in training, perhaps inside DistributedDataParallel.
         loader: training batches, made by a `TrainBatches`.
         dataset: the training images.
-        test: gives a model's results.
+        test: gives a model's results on the images that choose the best checkpoint.
+        final_test: on the test images, at the end, where those are others.
         settings: of each epoch.
         run_settings: of the run.
         keep_rates: EViT's schedule, if the model is one.
@@ -68,6 +72,7 @@ class Run:
         loader: TrainLoader,
         dataset: ImageDataset,
         test: Test,
+        final_test: Test | None = None,
         settings: TrainSettings,
         run_settings: RunSettings,
         keep_rates: KeepRateSchedule | None,
@@ -80,6 +85,8 @@ class Run:
         self.batches = loader.batch_sampler
         self.dataset = dataset
         self.test = test
+        self.final_test = final_test
+        self.val_name = 'test' if final_test is None else 'held-out'
         self.settings = settings
         self.run_settings = run_settings
         self.keep_rates = keep_rates
@@ -89,6 +96,7 @@ class Run:
         self.progress = TrainingProgress()
         self.num_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
         self._trained_epochs = 0  # by this process
+        self._updates = 0  # optimizer steps before this place in the run
         self._rewound = 0  # since the last whole epoch
         self._steps_since_save, self._saved_at = 0, time.monotonic()
 
@@ -97,8 +105,16 @@ class Run:
         self.progress.epoch = epoch
         self._set_rates()
 
+    def _count_updates(self) -> int:
+        """The optimizer steps before this place, as if each epoch before this one had had all of its."""
+        sums = self.progress.sums
+        return self.progress.epoch * self.run_settings.updates_per_epoch + sums.norms + sums.skipped
+
     def _set_rates(self) -> None:
-        """Brings the learning rates to where the schedule has this epoch."""
+        """Brings the learning rates to where the schedule has this place."""
+        if not self.state.scheduler.t_in_epochs:
+            self.state.scheduler.step_update(self._count_updates())
+            return
         self.state.scheduler.step(max(self.progress.epoch - self.run_settings.lr_delay_epochs, 0), None)
 
     def resume(self, checkpoint: dict[str, Any], source: str, *, force: bool = False) -> None:
@@ -141,6 +157,8 @@ class Run:
         return passed >= number
 
     def _after_step(self, batch: int, read: Callable[[], None]) -> None:
+        self._updates += 1
+        self.state.scheduler.step_update(self._updates)  # does nothing where it goes by epochs
         self._steps_since_save += 1
         decision = self.interrupts.agree(save=self._save_is_due())
         if decision == GO_ON:
@@ -220,7 +238,7 @@ class Run:
         if progress.epoch >= self.run_settings.last_epoch:
             log(f'Nothing is left to train: the checkpoint has all {self.run_settings.last_epoch} epochs')
             keep_rate = progress.keep_rate if self.keep_rates is not None else None
-            report_accuracy(self.test(self.state.model, 'Test', keep_rate))
+            report_accuracy(self.test(self.state.model, 'Test', keep_rate), images=self.val_name)
         elif self.run_settings.rewinds:
             self.save()  # what to go back to: this run, with its arguments
         with self.interrupts.installed():
@@ -231,10 +249,34 @@ class Run:
                     self._rewind(err)
                     continue
                 self._finish_epoch(stats)
+            if self.final_test is not None:
+                self._test_best(self.final_test)
             self.output.close()
-        best = max(self.progress.best, 0)
-        log(f'Training time {format_seconds(time.perf_counter() - started)}, best accuracy {best:.2f}%')
+        best = f'{max(self.progress.best, 0):.2f}%{self._of_average()}'
+        on = '' if self.final_test is None else f' on {self.val_name} images'
+        log(f'Training time {format_seconds(time.perf_counter() - started)}, best accuracy {best}{on}')
         return self.progress.history[-1] if self.progress.history else {}
+
+    def _of_average(self) -> str:
+        return ' of the moving average' if self.progress.best_of == 'model_ema' else ''
+
+    def _test_best(self, test: Test) -> None:
+        """Evaluates the best checkpoint on the test images, which had no say in the choice."""
+        self.output.wait()
+        found = None if self.output.path is None else ckpt.load(str(self.output.path))
+        names = ('model', 'epoch', 'keep_rate')
+        best = from_main_process(found and {name: found.get(name) for name in names})
+        assert best is not None
+        model = copy.deepcopy(self.state.model)
+        model.load_state_dict(best['model'])
+        stats = test(model, 'Test of the best', best['keep_rate'], stop=lambda: bool(self.interrupts.signal))
+        decision = self.interrupts.agree(save=False)
+        if decision >= STOP:
+            self._stop(decision - STOP)
+        weights = 'model_ema' if found and 'trained_model' in found else 'model'
+        where = self.output.dump(TEST_RESULT, {'epoch': best['epoch'], 'weights': weights, **stats})
+        log(f'The best checkpoint, of epoch {best["epoch"]}, on images that chose nothing{where}:')
+        report_accuracy(stats)
 
     def _train_epoch(self) -> dict[str, float]:
         progress, state = self.progress, self.state
@@ -249,6 +291,9 @@ class Run:
             log(f'Note: the last {self.batches.unplaced} samples of the epoch are too few for all processes')
         progress.num_draws = self.batches.length
         steps = progress.batch + len(self.batches)
+        self._updates = self._count_updates()
+        if state.model_ema is not None:
+            state.model_ema.updates = self._updates
         compiled = num_compiled_graphs()
         stats = train_one_epoch(
             self.trained,
@@ -276,7 +321,7 @@ class Run:
         if decision >= STOP:
             self._stop(decision - STOP)
         if prefix == 'test':
-            report_accuracy(stats)
+            report_accuracy(stats, images=self.val_name)
         else:
             log(f'  moving average: acc@1 {stats["acc1"]:.4f}')
         return {f'{prefix}_{name}': value for name, value in stats.items() if name != 'images'}
@@ -299,8 +344,16 @@ class Run:
         if state.model_ema is not None:
             average = copy.deepcopy(state.model_ema.module).to(self.settings.device)
             line |= self._test(average, 'Test of the moving average', 'ema_test')
-        is_best = line['test_acc1'] > progress.best
-        progress.best = max(progress.best, line['test_acc1'])
+        accuracies = {'model': line['test_acc1']}
+        if self.run_settings.average_counts:
+            accuracies['model_ema'] = line['ema_test_acc1']
+        better = max(accuracies, key=accuracies.__getitem__)
+        is_best = accuracies[better] > progress.best
+        if is_best:
+            progress.best, progress.best_of = accuracies[better], better
+        if self.run_settings.average_counts:
+            line['best_is_ema'] = int(progress.best_of == 'model_ema')
+            log(f'  best so far: {progress.best:.4f}{self._of_average()}')
         line |= {'max_accuracy': progress.best, 'epoch': epoch, 'n_parameters': self.num_parameters}
         if progress.keep_rate is not None:
             line['keep_rate'] = progress.keep_rate
@@ -318,6 +371,8 @@ class Run:
         if epoch + 1 > self.run_settings.lr_delay_epochs:
             state.scheduler.step(epoch + 1 - self.run_settings.lr_delay_epochs, line['test_loss'])
         progress.next_epoch()
+        if not state.scheduler.t_in_epochs:
+            self._set_rates()
         self._rewound = 0
         self.save(best=is_best)
         self.output.add_events({**line, **timing})

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 import torch
 from timm.scheduler import PlateauLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from engine import EpochSums
+from training.ema import MovingAverage
 from training.schema import check_optimizer, is_count, is_line, is_number, like
 from training.weights import check_whole, model_weights, stored_args
 from utils import InputError, log, one_line
@@ -49,6 +49,7 @@ class TrainingProgress:
     num_draws: int | None = None
     sums: EpochSums = field(default_factory=EpochSums)
     best: float = -1.0  # accuracy in percent
+    best_of: str = 'model'  # whose that is: the model's or, as 'model_ema', the average's
     keep_rate: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of log.txt
     timings: list[dict[str, Any]] = field(default_factory=list)  # the lines of timing.txt
@@ -100,7 +101,7 @@ class TrainState:
     """What training changes. The model is not inside DistributedDataParallel."""
 
     model: nn.Module
-    model_ema: ModelEmaV3 | None
+    model_ema: MovingAverage | None
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
@@ -135,12 +136,23 @@ def to_state(state: TrainState, progress: TrainingProgress, described: Mapping[s
         'epoch': progress.epoch - 1,
         'progress': within if progress.batch else None,
         'max_accuracy': progress.best,
+        'best_of': progress.best_of,
         'keep_rate': progress.keep_rate,
         'history': list(progress.history),
         'timings': list(progress.timings),
         'left_out': list(progress.left_out),
         **described,
     }
+
+
+def as_best(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint whose `model` is what its accuracy is of: where that is the average, `trained_model` is the model's.
+
+    So whatever evaluates the best checkpoint's `model` finds its accuracy, and a run can go on from it too.
+    """
+    if state.get('best_of') != 'model_ema':
+        return state
+    return {**state, 'model': state['model_ema'], 'trained_model': state['model']}
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
@@ -159,6 +171,7 @@ def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
     """
     found: dict[str, Any] = {
         'max_accuracy': -1.0,
+        'best_of': 'model',
         'keep_rate': None,
         'history': [],
         'timings': [],
@@ -174,6 +187,7 @@ def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
     for right, name in (
         (isinstance(epoch, int) and is_count(epoch + 1, high=MOST_EPOCHS), 'epoch'),
         (is_number(found['max_accuracy'], low=-1, high=100), 'max_accuracy'),
+        (found['best_of'] in ('model', 'model_ema'), 'best_of'),
         (found['keep_rate'] is None or is_number(found['keep_rate'], high=1), 'keep_rate'),
         (state.get('progress') is None or isinstance(state['progress'], Mapping), 'progress'),
         (is_count(batch) and is_count(most) and is_count(done, high=most), 'place in the run'),
@@ -193,6 +207,7 @@ def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
         num_draws=num_draws,
         sums=EpochSums(**within['tally']),
         best=float(found['max_accuracy']),
+        best_of=found['best_of'],
         keep_rate=found['keep_rate'],
         history=[dict(line) for line in found['history']],
         timings=[dict(line) for line in found['timings']],
@@ -215,7 +230,7 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
     lacking = [name for name in ('model', 'optimizer', 'lr_scheduler', 'epoch') if state.get(name) is None]
     if lacking:
         raise InputError(f'{source} has no {", ".join(lacking)}: it cannot be resumed; start from it with --finetune')
-    weights = model_weights({'model': state['model']}, source)
+    weights = model_weights({'model': state.get('trained_model', state['model'])}, source)
     check_whole(parts.model, weights, source)
     average = weights
     if parts.model_ema is not None:
