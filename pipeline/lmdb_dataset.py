@@ -61,7 +61,7 @@ def _check_table(table: pa.Table, header: dict[str, Any], file_size: int) -> lis
         raise ValueError(f'the header counts {header["images"]} images, the index {table.num_rows}')
     if any(column.null_count for column in table.columns):
         raise ValueError('its table has empty cells')
-    classes = json.loads(table.schema.metadata[b'classes'])
+    classes = json.loads((table.schema.metadata or {}).get(b'classes', 'null'))
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise TypeError('its class names are no list of names')
     if len(set(classes)) < len(classes):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,84 @@ def test_any_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(found[name])[..., 0], ramp, name)
     colours = np.asarray(paletted().convert('RGBA'))[..., :3]
     np.testing.assert_array_equal(np.asarray(found['P transparent.png']), colours)
+
+
+def tiff(pixels: np.ndarray) -> bytes:
+    return encode(Image.fromarray(pixels), 'TIFF')
+
+
+def deep_png(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow reads but does not write: uint16 (H, W, 3)."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+    height, width, _ = pixels.shape
+    rows = b''.join(b'\0' + row.tobytes() for row in pixels.astype('>u2'))
+    header = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        chunk(*part) for part in ((b'IHDR', header), (b'IDAT', zlib.compress(rows)), (b'IEND', b''))
+    )
+
+
+RAMP = np.linspace(0, 65535, 192)
+
+
+@pytest.mark.parametrize(
+    ('data', 'reason'),
+    [
+        (tiff(RAMP.reshape(12, 16).astype(np.float32)), 'floating-point numbers'),
+        (tiff(RAMP.reshape(12, 16).astype(np.int32) * 100), r'32-bit integers are not in 0\.\.65535'),
+        (tiff(RAMP.reshape(12, 16).astype(np.int32) - 1), r'32-bit integers are not in 0\.\.65535'),
+        (tiff((RAMP / 16).reshape(12, 16).astype(np.int32)), 'all below 4096, as of 12-bit data'),
+        (tiff((RAMP / 16).reshape(12, 16).astype(np.uint16)), 'all below 4096, as of 12-bit data'),
+        (encode(Image.fromarray((RAMP / 16).reshape(12, 16).astype(np.uint16)), 'PNG'), 'all below 4096'),
+        (deep_png((RAMP / 16).reshape(8, 8, 3)), 'all below 4096, as of 12-bit data'),
+    ],
+)
+def test_what_would_be_flattened_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        decode(data)
+
+
+def test_sixteen_bits_of_every_kind_keep_the_upper_eight() -> None:
+    expected = (RAMP.astype(np.uint16) >> 8).reshape(12, 16)
+    grey = RAMP.reshape(12, 16)
+    for data in (tiff(grey.astype(np.uint16)), tiff(grey.astype(np.int32)),
+                 encode(Image.fromarray(grey.astype(np.uint16)), 'PPM')):  # fmt: skip
+        np.testing.assert_array_equal(np.asarray(decode(data))[..., 1], expected)
+    np.testing.assert_array_equal(np.asarray(decode(deep_png(RAMP.reshape(8, 8, 3)))), expected.reshape(8, 8, 3))
+    assert np.asarray(decode(encode(Image.new('L', (8, 8), 3), 'PNG'))).max() == 3  # dark, but of 8 bits
+
+
+@pytest.mark.skipif('.avif' not in image_extensions(), reason='Pillow was built without AVIF')
+def test_avif() -> None:
+    assert decode(encode(Image.new('RGB', (16, 16), (200, 0, 0)), 'AVIF')).getpixel((3, 3))[0] > 180
+
+
+def test_special_files_are_not_waited_for(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where one takes an image's place after the folders were read."""
+    root = make_folder({'train': ['a'], 'val': ['a']})
+    val = build_datasets(DataSource('FOLDER', str(root))).val
+    for number, make in enumerate((os.mkfifo, os.mkdir, lambda path: path.symlink_to('/dev/zero'), make_sparse)):
+        path = root / 'val' / 'a' / f'{number}.jpg'
+        path.unlink()
+        make(path)
+    for number, reason in enumerate(('a named pipe', 'a folder', 'a device', 'more than an image can have')):
+        with pytest.raises(BadImageError, match=rf'{number}\.jpg cannot be read as an image \(it .*{reason}'):
+            val.load(number)
+
+    def no_memory(data: bytes) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr('pipeline.images.decode', no_memory)
+    with pytest.raises(BadImageError, match=r'7\.jpg cannot be read as an image \(too little memory\)'):
+        val.load(7)
+
+
+def make_sparse(path: Path) -> None:
+    with open(path, 'wb') as file:
+        file.truncate(2**40)
 
 
 def test_orientation_is_kept_as_torchvision_keeps_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,134 @@ def test_unreadable_folders_are_no_empty_ones(make_folder: MakeFolder, monkeypat
     monkeypatch.setattr(os, 'scandir', deny)
     with pytest.raises(InputError, match='train/b: Permission denied'):
         build_datasets(DataSource('FOLDER', str(root)))
+
+
+@pytest.mark.parametrize('val', ['val', 'valid', 'Validation', 'TEST'])
+def test_names_of_the_validation_folder(make_folder: MakeFolder, val: str) -> None:
+    root = make_folder({'Train': ['a', 'b'], val: ['b']})
+    splits = build_datasets(DataSource('FOLDER', str(root)))
+    assert splits.train is not None and (len(splits.train), len(splits.val)) == (16, 8)
+    assert splits.val.name(0) == f'{val}/b/0.jpg' and splits.val.targets.tolist() == [1] * 8
+    assert not any('validates' in note for note in splits.notes)
+
+
+def test_valid_validates_where_there_is_also_test(make_folder: MakeFolder) -> None:
+    splits = build_datasets(DataSource('FOLDER', str(make_folder({'train': ['a'], 'valid': ['a'], 'test': ['a']}))))
+    assert {splits.val.name(i).split('/')[0] for i in range(len(splits.val))} == {'valid'}
+    assert any('valid/ validates; not read: test' in note for note in splits.notes)
+
+
+def test_images_outside_class_folders(make_folder: MakeFolder) -> None:
+    root = make_folder({'train': ['a', 'b'], 'val': ['']})
+    for train in (True, False):
+        with pytest.raises(InputError, match=r'val holds 8 images \(.*\) outside class folders: .*val/<class>/<image>'):
+            build_datasets(DataSource('FOLDER', str(root)), train=train)
+    (root / 'val' / 'b').mkdir()
+    (root / 'val' / '3.jpg').rename(root / 'val' / 'b' / '3.jpg')
+    splits = build_datasets(DataSource('FOLDER', str(root)))
+    assert len(splits.val) == 1 and any('7 images' in note and 'outside class folders' in note for note in splits.notes)
+
+
+@pytest.mark.parametrize('folders', [{'train': ['a', 'b'], 'val': ['images']}, {'train': ['train/a'], 'val': ['a']}])
+def test_splits_that_share_no_class(make_folder: MakeFolder, folders: dict[str, list[str]]) -> None:
+    root = make_folder(folders)
+    for train in (True, False):
+        with pytest.raises(InputError, match=r'train/ and val/ share no class \((a, b|train) \| (images|a)\)'):
+            build_datasets(DataSource('FOLDER', str(root)), train=train)
+
+
+def test_lists_that_share_no_class(tmp_path: Path) -> None:
+    rows = {'train': [('a/1.jpg', 0)], 'test': [('b/1.jpg', 1)]}
+    with pytest.raises(InputError, match=r'share no class \(a \| b\)'):
+        build_datasets(DataSource('painting', str(make_lists(tmp_path, 'painting', rows))))
+
+
+def test_unknown_endings_are_counted_once(make_folder: MakeFolder) -> None:
+    root = make_folder({'train': ['a'], 'val': ['a']})
+    for number in range(20):
+        for split in ('train', 'val'):
+            (root / split / 'a' / f'{number}.HEIC').touch()
+    (root / 'train' / 'a' / '.hidden.heic').touch()
+    assert [note for note in build_datasets(DataSource('FOLDER', str(root))).notes if 'left out' in note] == [
+        f'{root}: 40 files left out: .heic'
+    ]
+
+
+def test_links_that_lead_back(make_folder: MakeFolder, tmp_path: Path) -> None:
+    root = make_folder({'train': ['a/deep', 'b'], 'val': ['a', 'b']})
+    expected = build_datasets(DataSource('FOLDER', str(root))).train.samples  # type: ignore[union-attr]
+    for link, target in (('a/loop', root), ('a/self', root / 'train' / 'a'), ('a/deep/b', root / 'train' / 'b'),
+                         ('b/round', root / 'train' / 'a' / 'deep')):  # fmt: skip
+        (root / 'train' / link).symlink_to(target)
+    (root / 'train' / 'b' / 'val').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere' / 'back').symlink_to(tmp_path / 'elsewhere')
+    (root / 'val' / 'b' / '0.jpg').rename(tmp_path / 'elsewhere' / 'more.jpg')
+    (root / 'train' / 'a' / 'loop').unlink()
+    (root / 'train' / 'a' / 'loop').symlink_to('..')
+    train = build_datasets(DataSource('FOLDER', str(root))).train
+    assert train is not None
+    assert train.samples == [*expected, (str(root / 'train' / 'b' / 'val' / 'more.jpg'), 1)]
+
+
+def test_class_names_have_one_unicode_form(make_folder: MakeFolder) -> None:
+    composed, apart = 'caf\u00e9', 'cafe\u0301'
+    root = make_folder({'train': [apart, 'tea'], 'val': [composed, 'tea']})
+    splits = build_datasets(DataSource('FOLDER', str(root)))
+    assert splits.train is not None and splits.val.classes == splits.train.classes == [composed, 'tea']
+    assert splits.val.targets.tolist() == splits.train.targets.tolist() == [0] * 8 + [1] * 8
+    assert splits.train.load(0).size == (20, 20)  # found by the name that it has on the disk
+    (root / 'classes.txt').write_text(f'tea\n{apart}\n')
+    assert build_datasets(DataSource('FOLDER', str(root))).val.classes == ['tea', composed]
+
+
+def test_special_files_are_left_out_with_a_line(make_folder: MakeFolder, tmp_path: Path) -> None:
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']})
+    os.mkfifo(root / 'train' / 'a' / 'pipe.jpg')
+    (root / 'train' / 'a' / 'device.png').symlink_to('/dev/zero')
+    (root / 'train' / 'b' / 'folder.jpg').mkdir()
+    with socket.socket(socket.AF_UNIX) as one:
+        before = Path.cwd()
+        os.chdir(root / 'val' / 'a')  # a socket's path may not be long
+        try:
+            one.bind('socket.jpg')
+        finally:
+            os.chdir(before)
+    splits = build_datasets(DataSource('FOLDER', str(root)))
+    assert splits.train is not None and (len(splits.train), len(splits.val)) == (16, 16)
+    (note,) = (note for note in splits.notes if 'left out' in note)
+    for part in ('device.png (a device)', 'pipe.jpg (a named pipe)', 'folder.jpg (a folder)', 'socket.jpg (a socket)'):
+        assert part in note
+    assert '4 in all' in note
+
+
+def test_special_files_in_lists(tmp_path: Path) -> None:
+    root = make_lists(tmp_path, 'painting', PAINTING)
+    (root / 'painting' / 'zebra' / '1.jpg').unlink()
+    os.mkfifo(root / 'painting' / 'zebra' / '1.jpg')
+    splits = build_datasets(DataSource('painting', str(root)))
+    assert splits.train is not None and len(splits.train) == 5 and splits.train.targets[0] == 0
+    assert any('painting/zebra/1.jpg (a named pipe)' in note for note in splits.notes)
+    for name, _ in PAINTING['test']:
+        (root / 'painting' / name).unlink()
+        os.mkfifo(root / 'painting' / name)
+    with pytest.raises(InputError, match=r'painting_test\.txt names nothing that is an image file'):
+        build_datasets(DataSource('painting', str(root)))
+
+
+def test_special_files_in_inaturalist(tmp_path: Path) -> None:
+    root = make_inaturalist(tmp_path)
+    path = root / 'train_val2018' / 'Aves' / '3' / '1.jpg'
+    path.unlink()
+    os.mkfifo(path)
+    splits = build_datasets(DataSource('INAT', str(root)))
+    assert (
+        splits.train is not None and len(splits.train) == 4 and any('1.jpg (a named pipe)' in n for n in splits.notes)
+    )
+    (root / 'val2018.json').unlink()
+    os.mkfifo(root / 'val2018.json')
+    with pytest.raises(InputError, match=r'val2018\.json is no JSON file: it is a named pipe'):
+        build_datasets(DataSource('INAT', str(root)))
 
 
 def test_images_listed_twice_are_noted(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from datasets import DataSource, build_datasets
 from folder2lmdb import check_lmdb
 from main import main
 from pipeline.images import BadImageError
-from pipeline.lmdb_dataset import FORMAT, VERSION, ImageFolderLMDB
+from pipeline.lmdb_dataset import FORMAT, VERSION, ImageFolderLMDB, _stores
 from pipeline.transforms import build_transform
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL, make_lists
 from tests.test_layouts import PAINTING, make_inaturalist
@@ -61,7 +61,8 @@ def folder(make_folder: MakeFolder) -> Path:
 
 @contextmanager
 def edit(path: Path) -> Iterator[lmdb.Transaction]:
-    gc.collect()  # an exception keeps the data sets of its frames, and LMDB opens a file once in a process
+    if _stores:
+        gc.collect()  # an exception keeps the data sets of its frames, and LMDB opens a file once in a process
     with lmdb.open(str(path), subdir=False, lock=False, map_size=2**26) as env, env.begin(write=True) as txn:
         yield txn
 
@@ -255,6 +256,138 @@ def test_altered_index(folder: Path, capsys: pytest.CaptureFixture) -> None:
         txn.delete(b'index')
     with pytest.raises(InputError, match='has no index'):
         ImageFolderLMDB(path)
+
+
+def write_table(path: Path, table: pa.Table, **changes: Any) -> None:
+    """Puts a table in a file's place for one, with the right checksum."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    write_index(path, sink.getvalue().to_pybytes(), **changes)
+
+
+def write_index(path: Path, index: bytes, **changes: Any) -> None:
+    with edit(path) as txn:
+        txn.put(b'index', index)
+        content = {**json.loads(txn.get(b'header')), 'index_crc32': zlib.crc32(index), **changes}
+        txn.put(b'header', json.dumps(content).encode())
+
+
+def read_index(path: Path) -> bytes:
+    with edit(path) as txn:
+        return bytes(txn.get(b'index'))
+
+
+def with_column(name: str, values: Any, kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        number = table.schema.get_field_index(name)
+        column = values(table[name].to_pylist()) if callable(values) else values
+        return table.set_column(number, name, pa.array(column, kind or table.schema.field(name).type))
+
+    return change
+
+
+def with_classes(classes: Any) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.replace_schema_metadata({'classes': json.dumps(classes)})
+
+
+LIES: list[tuple[Callable[[pa.Table], pa.Table], str]] = [
+    (with_column('label', [999] * 20), 'labels outside the 2 classes'),
+    (with_column('label', [-1] * 20), 'labels outside the 2 classes'),
+    (with_column('label', [0] * 20, pa.int64()), 'its columns are .*label int64'),
+    (with_column('label', [0.5] * 20, pa.float32()), 'its columns are .*label float'),
+    (with_column('label', [None, *[0] * 19]), 'empty cells'),
+    (with_column('path', [None, *[b'a'] * 19]), 'empty cells'),
+    (with_column('path', list(map(str, range(20))), pa.string()), 'its columns are path string'),
+    (with_column('path', list(range(20)), pa.int64()), 'its columns are path int64'),
+    (with_column('crc32', [0] * 20, pa.uint8()), 'its columns are .*crc32 uint8'),
+    (with_column('size', lambda sizes: [-1, *sizes[1:]]), 'sizes of images that cannot be'),
+    (with_column('size', lambda sizes: [2**62, *sizes[1:]]), 'sizes of images that cannot be'),
+    (with_column('size', [2**63 - 1] * 20), 'sizes of images that cannot be'),
+    (lambda table: table.drop_columns('crc32'), 'its columns are path large_binary, label int32, size int64'),
+    (lambda table: table.select(['label', 'path', 'size', 'crc32']), 'its columns are label int32, path'),
+    (lambda table: table.slice(0, 19), 'the header counts 20 images, the index 19'),
+    (lambda table: table.slice(0, 0), 'the header counts 20 images, the index 0'),
+    (lambda table: pa.concat_tables([table, table]), 'the header counts 20 images, the index 40'),
+    (lambda table: table.replace_schema_metadata(None), 'no list of names'),
+    (with_classes(['a']), 'labels outside the 1 classes'),
+    (with_classes(['a', 'a']), 'names a class twice'),
+    (with_classes(['a', 5]), 'no list of names'),
+    (with_classes({'a': 0, 'b': 1}), 'no list of names'),
+    (with_classes(7), 'no list of names'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('number', range(len(LIES)))
+def test_a_table_that_lies_with_a_right_checksum(folder: Path, capsys: pytest.CaptureFixture, number: int) -> None:
+    change, message = LIES[number]
+    path = folder / 'val.lmdb'
+    write_table(path, change(pa.ipc.open_stream(read_index(path)).read_all()))
+    with pytest.raises(InputError, match=rf'val\.lmdb is damaged .*{message}.*--overwrite'):
+        build_datasets(DataSource('FOLDER', str(folder), use_lmdb=True))
+    line = build_fails(capsys, ['--check', str(path)])
+    assert line.startswith('folder2lmdb.py: error: ') and 'is damaged' in line
+
+
+def test_offsets_and_lengths_that_lie(folder: Path) -> None:
+    """In a process of its own: what they point to may lie outside its memory."""
+    path = folder / 'val.lmdb'
+    index = read_index(path)
+    table = pa.ipc.open_stream(index).read_all()
+    offsets = table['path'].chunk(0).buffers()[1].to_pybytes()[: 21 * 8]
+    start = index.index(offsets)
+    number = 0
+    for position in (0, 8, 80, 160):
+        for value in (-1, 1, 50, 10_000, 2**31, 2**40, 2**62, -(2**63)):
+            changed = bytearray(index)
+            changed[start + position : start + position + 8] = value.to_bytes(8, 'little', signed=True)
+            if changed != index:
+                number += 1
+                (folder / f'{number}.lmdb').write_bytes(path.read_bytes())
+                write_index(folder / f'{number}.lmdb', bytes(changed))
+    for position in range(0, start, 8):  # of the message that says how long the columns are, and where
+        number += 1
+        changed = bytearray(index)
+        changed[position : position + 4] = b'\xff\xff\xff\x7f'
+        (folder / f'{number}.lmdb').write_bytes(path.read_bytes())
+        write_index(folder / f'{number}.lmdb', bytes(changed))
+    program = """
+import sys
+from pipeline.lmdb_dataset import ImageFolderLMDB
+from utils import InputError
+names, *paths = sys.argv[1:]
+for path in paths:
+    try:
+        dataset = ImageFolderLMDB(path)
+        assert all(dataset.name(i) in names for i in range(len(dataset))), path
+        print('right')
+    except InputError as err:
+        print(err)
+"""
+    paths = [str(folder / f'{name + 1}.lmdb') for name in range(number)]
+    names = b''.join(table['path'].to_pylist()).decode()
+    command = [sys.executable, '-c', program, names, *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == number > 100 and lines.count('right') < number / 2
+
+
+def test_special_files_are_no_lmdb_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / 'val.lmdb')
+    with pytest.raises(InputError, match=r'val\.lmdb is a named pipe, not a file'):
+        ImageFolderLMDB(tmp_path / 'val.lmdb')
+
+
+def test_what_is_left_out_is_said_once(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    for split in ('train', 'val'):
+        (folder / split / 'a' / 'photo.HEIC').write_bytes(b'x')
+    os.mkfifo(folder / 'train' / 'a' / 'pipe.jpg')
+    build(folder, '--overwrite')
+    out = capsys.readouterr().out
+    assert out.count('2 files left out: .heic') == 1
+    assert out.count('left out, as no image files') == 1 and 'pipe.jpg (a named pipe)' in out
+    assert len(ImageFolderLMDB(folder / 'train.lmdb')) == 21
 
 
 def test_a_damaged_page_costs_its_own_records_only(make_folder: MakeFolder) -> None:

@@ -166,6 +166,29 @@ def test_bad_images_are_named_and_skipped(made: Made, tmp_path: Path, capsys: py
     assert names_in(tmp_path) == ['empty', 'in', 'no.lmdb', 'p.csv']
 
 
+def test_special_files_and_other_endings_are_named(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    good = sorted(made.root.glob('val/0/*.png'))[0]
+    folder = tmp_path / 'in'
+    (folder / 'sub').mkdir(parents=True)
+    (folder / 'sub' / '1.png').write_bytes(good.read_bytes())
+    (folder / 'sub' / 'loop').symlink_to('..')
+    (folder / 'photo.heic').touch()
+    os.mkfifo(folder / 'pipe.jpg')
+    os.mkfifo(tmp_path / 'val.lmdb')
+    wrong = [folder / 'pipe.jpg', '/dev/zero', tmp_path / 'val.lmdb']
+    run(made.checkpoint, folder, *wrong, '--out', tmp_path / 'p.csv')
+    assert [row['path'] for row in rows(tmp_path / 'p.csv')] == [str(folder / 'sub' / '1.png')]
+    err = capsys.readouterr().err
+    for message in (
+        f'{folder}: 1 file left out: .heic',
+        f'{folder}: left out, as no image files: {folder}/pipe.jpg (a named pipe)',
+        'pipe.jpg cannot be read as an image (it is a named pipe, not a file)',
+        '/dev/zero cannot be read as an image (it is a device, not a file)',
+        'val.lmdb is a named pipe, not a file',
+    ):
+        assert message in err, err
+
+
 def test_moving_average_and_bare_weights(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     image = sorted(made.root.glob('val/0/*.png'))[0]
     loaded = ckpt.load(made.checkpoint)
