@@ -97,6 +97,18 @@ def find_start(args: argparse.Namespace, process: Process, output: OutputFolder)
         return source, ckpt.load(source, newest=bool(args.resume) and not args.eval), bool(args.resume)
 
 
+def load_weights(
+    args: argparse.Namespace, model: nn.Module, checkpoint: dict[str, Any], source: str, *, whole: bool
+) -> None:
+    """Loads a checkpoint's weights: all of them, or for fine-tuning those that fit."""
+    weights = model_weights(checkpoint, source)
+    if whole:
+        load_whole(model, weights, source)
+        return
+    for line in load_fitting(model, weights, source, partial=args.allow_partial):
+        log(f'{source}: {line}')
+
+
 def evaluate_only(
     args: argparse.Namespace, model: nn.Module, test: Test, classes: list[str], checkpoint: dict[str, Any]
 ) -> dict[str, Any]:
@@ -151,12 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         put_channels_last(model)
     check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes)
     if source:
-        weights = model_weights(checkpoint, source)
-        if head_stays:
-            load_whole(model, weights, source)
-        else:
-            for line in load_fitting(model, weights, source, partial=args.allow_partial):
-                log(f'{source}: {line}')
+        load_weights(args, model, checkpoint, source, whole=head_stays)
     if args.test_speed:
         report_speed(args, model, device, amp_dtype)
 

@@ -102,10 +102,11 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     for split, folder in folders.items():
         rows[split] = _read_annotations(root / folder, notes)
         names[split] = [name for _, name in rows[split]] or list(map(_nfc, _class_folders(root / folder)))
-        if split in needed and not rows[split]:
-            walked.append(walk(root / folder, _stop))
-            rows[split] = _in_class_folders(root / folder, walked[-1], notes)
     classes = _number_classes(root, sorted({name for found in names.values() for name in found}))
+    for split in needed:
+        if not rows[split]:
+            walked.append(walk(root / folders[split], _stop))
+            rows[split] = _in_class_folders(root / folders[split], walked[-1], notes)
     class_to_idx = {name: index for index, name in enumerate(classes)}
     used = [{name for _, name in rows[split]} or set(names[split]) for split in folders]
     _check_shared(root, f'{"/ and ".join(folders.values())}/', used)
