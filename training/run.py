@@ -158,7 +158,8 @@ class Run:
 
     def _after_step(self, batch: int, read: Callable[[], None]) -> None:
         self._updates += 1
-        self.state.scheduler.step_update(self._updates)  # does nothing where it goes by epochs
+        if not self.state.scheduler.t_in_epochs:
+            self.state.scheduler.step_update(self._updates)
         self._steps_since_save += 1
         decision = self.interrupts.agree(save=self._save_is_due())
         if decision == GO_ON:
@@ -292,6 +293,8 @@ class Run:
         progress.num_draws = self.batches.length
         steps = progress.batch + len(self.batches)
         self._updates = self._count_updates()
+        if not state.scheduler.t_in_epochs:  # where steps of the epoch before were left out
+            state.scheduler.step_update(self._updates)
         if state.model_ema is not None:
             state.model_ema.updates = self._updates
         compiled = num_compiled_graphs()
@@ -371,8 +374,6 @@ class Run:
         if epoch + 1 > self.run_settings.lr_delay_epochs:
             state.scheduler.step(epoch + 1 - self.run_settings.lr_delay_epochs, line['test_loss'])
         progress.next_epoch()
-        if not state.scheduler.t_in_epochs:
-            self._set_rates()
         self._rewound = 0
         self.save(best=is_best)
         self.output.add_events({**line, **timing})
