@@ -6,8 +6,9 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,3 +264,34 @@ def draw_classes(accuracy: np.ndarray, labels: Sequence[str], mean: float) -> Pi
         axes.set_xlabel(f'classes, the worst first; {text}')
         axes.set_ylabel('% right')
     return _save(figure, 'classes', 'Accuracy by class')
+
+
+def draw_rows(title: str, rows: Mapping[str, Sequence[float]], paper: Sequence[float]) -> Picture:
+    """A table of ablations: a bar for each row's mean, with its deviation (of a sample), and each run as a dot.
+
+    Args:
+        rows: the accuracies of a row's runs in percent, by the row's name.
+        paper: the published ones, to mark beside them; none where they are of other data.
+    """
+    done = [(place, values) for place, values in enumerate(rows.values()) if values]
+    dots = [(value, place) for place, values in done for value in values]
+    marks = list(zip(paper, range(len(paper)), strict=True))
+    shown = [value for value, _ in (*marks, *dots)] or [0.0]
+    low = max(5 * ((min(shown) - 4) // 5), 0)
+    figure, axes = _figure(8, 1.3 + 0.42 * len(rows))
+    for place, values in done:
+        spread = stdev(values) if len(values) > 1 else None
+        axes.barh(place, fmean(values) - low, 0.6, low, color=BLUE, xerr=spread, capsize=3)
+        text = f'{fmean(values):.2f}' + ('' if spread is None else f' ± {spread:.2f}')
+        axes.annotate(text, (1.01, place), xycoords=('axes fraction', 'data'), va='center', fontsize=9)
+    for points, label, style in ((dots, 'a run', {'marker': 'o', 'color': 'white', 'mec': 'black', 'ms': 4}),
+                                 (marks, 'paper', {'marker': '|', 'color': ORANGE, 'mew': 3, 'ms': 18})):  # fmt: skip
+        if points:
+            axes.plot(*zip(*points, strict=True), linestyle='', label=label, **style)  # type: ignore[arg-type]
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(low, min(max(shown) + 2, 100.5))
+    axes.set_xlabel(f'top-1, %, mean ± sd{f" (the axis starts at {low:g})" if low else ""}')
+    axes.set_title(title, fontsize=10, loc='left', x=0, wrap=True)
+    figure.legend(loc='outside lower right', ncols=2, fontsize=8, frameon=False)
+    return _save(figure, 'table', title)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from training.output import holds_run
 from training.state import FREE_ARGUMENTS
 from training.weights import stored_args
 from utils import InputError, UsageError, format_seconds, one_line
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Arguments that cannot change what a run comes to, and those of which `derived` has what they came to.
 SEEN_IN_DERIVED = {'data_path', 'data_layout', 'use_lmdb', 'amp', 'train_mode'}
@@ -176,6 +173,16 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return args, derived
 
 
+def read_run(folder: Path, name: str = '') -> LoggedRun:
+    """Reads a run's folder.
+
+    Raises:
+        InputError: if what it holds is damaged.
+    """
+    args, derived = _read_args(folder)
+    return LoggedRun(folder, name, args, derived, read_lines(folder / 'log.txt'), _read_timings(folder / 'timing.txt'))
+
+
 def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
     """Reads the folders of runs.
 
@@ -192,13 +199,10 @@ def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
         if not (folder / 'args.yaml').is_file() and not holds_run(folder):
             raise InputError(f'{folder} holds no run: give the --output_dir of one')
     common = Path(os.path.commonpath(resolved)) if len(resolved) > 1 else resolved[0].parent
-    runs = []
-    for folder, whole in zip(folders, resolved, strict=True):
-        name = printable(whole.name if whole == common else whole.relative_to(common))
-        args, derived = _read_args(folder)
-        lines, timings = read_lines(folder / 'log.txt'), _read_timings(folder / 'timing.txt')
-        runs.append(LoggedRun(folder, name, args, derived, lines, timings))
-    return runs
+    return [
+        read_run(folder, printable(whole.name if whole == common else whole.relative_to(common)))
+        for folder, whole in zip(folders, resolved, strict=True)
+    ]
 
 
 # Beside each other

@@ -241,11 +241,7 @@ def memory(images: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program.
-
-    Raises:
-        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
-    """
+    """Runs the program; `one_line_errors` says how it ends."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     with one_line_errors('benchmark_data.py'):
