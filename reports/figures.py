@@ -160,7 +160,7 @@ def draw_times(run: LoggedRun) -> Picture:
     figure, axes = _figure(6.4, 3.5)
     epochs = [line['epoch'] for line in run.timings]
     train, waits, tests = (
-        np.array([line.get(name, 0.0) for line in run.timings])
+        np.nan_to_num([line.get(name, 0.0) for line in run.timings], posinf=0.0, neginf=0.0)
         for name in ('train_seconds', 'data_seconds', 'test_seconds')
     )
     floor = np.zeros(len(epochs))

@@ -9,14 +9,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import yaml
 
 from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT
 from training.output import holds_run
-from training.state import FREE_ARGUMENTS
+from training.state import FREE_ARGUMENTS, MOST_EPOCHS
 from training.weights import stored_args
 from utils import InputError, UsageError, format_seconds, one_line
 
@@ -24,6 +24,10 @@ from utils import InputError, UsageError, format_seconds, one_line
 SEEN_IN_DERIVED = {'data_path', 'data_layout', 'use_lmdb', 'amp', 'train_mode'}
 NO_MATTER = FREE_ARGUMENTS - {'finetune', 'batch_size', 'accum_steps'} - SEEN_IN_DERIVED
 DERIVED = ('data', 'total_batch', 'precision', 'train_mode')  # that matter beside the arguments
+
+MOST_LOG_BYTES, MOST_YAML_BYTES = 32 << 20, 256 << 10
+MOST_IN_LINE, MOST_IN_VALUE = 100_000, 10_000  # characters
+MOST_VALUE = 1e100  # with larger ones figures have no axes
 
 RESULTS = {  # for the statistics over seeds: column of log.txt, and whether the best epoch counts or the last
     'test accuracy, best epoch': ('test_acc1', True),
@@ -111,12 +115,40 @@ class LoggedRun:
         return max(found, key=lambda entry: entry.value) if best else found[-1]
 
 
-# Reading
+# Reading: whoever shares a run shares these files, so they may hold anything
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without what makes a short file long: scalars that take long to read, and merged mappings."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        if len(node.value) > MOST_IN_VALUE:
+            raise yaml.YAMLError(f'it has a value of {len(node.value):,} characters')
+        return super().construct_scalar(node)
+
+    def flatten_mapping(self, node: Any) -> None:
+        if any(key.tag == 'tag:yaml.org,2002:merge' for key, _ in node.value):
+            raise yaml.YAMLError('it has merged mappings')
+
+
+def _open(path: Path, most: int) -> IO[str]:
+    """Opens a text file of at most so many bytes.
+
+    Raises:
+        InputError: if it is larger, or no file but a pipe, a device or a folder.
+    """
+    if not path.is_file():
+        raise InputError(f'{path} is no file')
+    if path.stat().st_size > most:
+        raise InputError(f'{path} has {path.stat().st_size:,} bytes: a run writes no more than {most:,}')
+    return path.open(encoding='utf-8', errors='backslashreplace')
 
 
 def _number(value: Any) -> float:
     """A number of the log, whose infinities and NaNs are words."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    if MOST_VALUE < abs(float(value)) < math.inf:
         raise ValueError
     return float(value) if isinstance(value, str) else value
 
@@ -130,17 +162,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found: dict[int, dict[str, Any]] = {}
-    for number, text in enumerate(path.read_text(encoding='utf-8', errors='backslashreplace').splitlines(), start=1):
-        try:
-            line = {name: _number(value) for name, value in json.loads(text).items()}
-            if not isinstance(line['epoch'], int) or line['epoch'] < 0:
-                raise ValueError
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            raise InputError(
-                f'{path}, line {number} is damaged: {text[:40]!r} is not the JSON of an epoch. Take the line out, or '
-                'start the run again with --auto-resume, which writes the file anew'
-            ) from None
-        found[int(line['epoch'])] = line
+    with _open(path, MOST_LOG_BYTES) as file:
+        for number, text in enumerate(iter(lambda: file.readline(MOST_IN_LINE), ''), start=1):
+            try:
+                line = {name: _number(value) for name, value in json.loads(text).items()}
+                if not isinstance(line['epoch'], int) or not 0 <= line['epoch'] < MOST_EPOCHS:
+                    raise ValueError
+            except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
+                raise InputError(
+                    f'{path}, line {number} is damaged: {text[:40]!r} is not the JSON of an epoch. Take the line out, '
+                    'or start the run again with --auto-resume, which writes the file anew'
+                ) from None
+            found[int(line['epoch'])] = line
     return [found[epoch] for epoch in sorted(found)]
 
 
@@ -158,15 +191,17 @@ def _read_timings(path: Path) -> list[dict[str, Any]]:
 def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run's flags and what was derived of them: from args.yaml, else from a checkpoint, else empty."""
     path = folder / 'args.yaml'
-    try:
-        args = yaml.safe_load(path.read_text(encoding='utf-8', errors='backslashreplace'))
-    except FileNotFoundError:
+    if not path.exists():
         for name in (BEST, CHECKPOINT):
             if (folder / name).exists():
                 return dict(stored_args(ckpt.load(str(folder / name)))), {}
         return {}, {}
+    try:
+        with _open(path, MOST_YAML_BYTES) as file:
+            args = yaml.load(file, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as err:
         raise InputError(f'{path} is damaged: {one_line(err)}') from None
+    ckpt.check_plain(args, str(path))  # whose aliases may lead round in circles, or to one thing a million times
     derived = args.pop('derived', {}) if isinstance(args, dict) else None
     if not isinstance(derived, dict) or not all(isinstance(name, str) for name in (*args, *derived)):
         raise InputError(f'{path} is damaged: it does not hold the flags of a run')
@@ -298,8 +333,9 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
     losses = [run.result(name, best=False) for name in ('train_loss', 'test_loss')]
     logged = run.result('n_parameters', best=False)
     parameters = cost[0] if cost else int(logged.value) if logged else None
-    rates, waits = (run.series(name)[1] for name in ('images_per_second', 'data_seconds'))
-    train, tests = (sum(run.series(name)[1]) for name in ('train_seconds', 'test_seconds'))
+    times = ('images_per_second', 'data_seconds', 'train_seconds', 'test_seconds')
+    rates, waits, trains, tests = ([*filter(math.isfinite, run.series(name)[1])] for name in times)
+    train = sum(trains)
     return [
         Fact('best test accuracy', *_percent(best)),
         Fact('top-5 at that epoch', f'{top5[0]:.2f}%' if top5 and not few_classes else '–'),
@@ -310,5 +346,5 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
         Fact('multiply-adds an image', f'{cost[1] / 1e9:.3f} G' if cost else '–'),
         Fact('images a second, median', f'{statistics.median(rates):,.0f}' if rates else '–'),
         Fact('training time lost to data', f'{sum(waits) / train:.1%}' if waits and train else '–'),
-        Fact('time, training and test', format_seconds(train + tests) if train else '–'),
+        Fact('time, training and test', format_seconds(train + sum(tests)) if train else '–'),
     ]

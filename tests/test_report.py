@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -446,6 +447,62 @@ def test_bad_input(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (run / 'args.yaml').write_text(text)
         code, error = fails([str(run)], capsys)
         assert code == 1 and 'args.yaml is damaged' in error, text
+
+
+def yaml_bomb(first: str, nest: str) -> str:
+    """Ten times the line before, nine times: 10**10 values for who follows every alias."""
+    return f'a0: &a0 {first}\n' + ''.join(
+        f'a{n}: &a{n} {nest.format(",".join([f"*a{n - 1}"] * 10))}\n' for n in range(1, 10)
+    )
+
+
+def test_files_that_are_more_than_they_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Aliases, cycles, depth, numbers, lines and holes: a line, at once and in little memory."""
+    run = tmp_path / 'run'
+    make_run(run)
+    args, log = run / 'args.yaml', run / 'log.txt'
+    whole = {path: path.read_bytes() for path in (args, log)}
+    began = time.monotonic()
+    for text, message in (
+        (yaml_bomb('[x]', '[{}]'), 'args.yaml holds too much'),
+        (yaml_bomb('{x: 1}', '{{<<: [{}]}}'), 'it has merged mappings'),
+        ('a: &a [*a]', 'args.yaml holds too much'),
+        ('&a {b: *a}', 'args.yaml holds too much'),
+        ('a: ' + '[' * 100 + ']' * 100, 'args.yaml holds too much'),
+        ('epochs: ' + '9' * 999, 'a number of too many digits'),
+        ('epochs: 1' + ':1' * 99_999, 'it has a value of 199,999 characters'),
+        ('#' * 300_000, 'a run writes no more than 262,144'),
+    ):
+        args.write_text(text)
+        code, error = fails([str(run), '--no-predictions'], capsys)
+        assert code == 1 and message in error and len(error) < 400, error
+    args.write_bytes(whole[args])
+    for text in ('{"epoch": 3, "a": 1e300}', '{"epoch": 3, "a": ' + '9' * 400 + '}', '{"epoch": 1000000000}',
+                 '{"epoch": 3, "' + 'a' * 200_000 + '": 1}'):  # fmt: skip
+        log.write_bytes(whole[log] + text.encode())
+        code, error = fails([str(run), '--no-predictions'], capsys)
+        assert code == 1 and 'log.txt, line 13 is damaged' in error and len(error) < 400, error
+    for path in (args, log, run / 'timing.txt'):
+        with path.open('ab') as file:
+            file.truncate(1 << 40)  # a hole
+        code, error = fails([str(run), '--no-predictions'], capsys)
+        assert code == 1 and f'{path} has 1,099,511,627,776 bytes' in error, error
+        path.unlink()
+        os.mkfifo(path)
+        code, error = fails([str(run), '--no-predictions'], capsys)
+        assert code == 1 and f'{path} is no file' in error, error
+        path.unlink()
+        path.write_bytes(whole.get(path, b''))
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize('value', ['nan', 'inf', '-inf'])
+def test_seconds_that_are_none(tmp_path: Path, value: str) -> None:
+    make_run(tmp_path / 'run', planned=3)
+    path = tmp_path / 'run' / 'timing.txt'
+    first = {name: value for name in json.loads(path.read_text().splitlines()[0]) if name != 'epoch'}
+    path.write_text(json.dumps({**first, 'epoch': 0}) + '\n' + ''.join(path.read_text().splitlines(True)[1:]))
+    assert Page(make_page([tmp_path / 'run'])).tiles()['training time lost to data'] == '25.0%'
 
 
 def test_bad_checkpoints(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
