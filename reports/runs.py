@@ -23,6 +23,11 @@ from utils import InputError, UsageError, format_seconds, one_line
 # Arguments that cannot change what a run comes to, and those of which `derived` has what they came to.
 SEEN_IN_DERIVED = {'data_path', 'data_layout', 'use_lmdb', 'amp', 'train_mode'}
 NO_MATTER = FREE_ARGUMENTS - {'finetune', 'batch_size', 'accum_steps'} - SEEN_IN_DERIVED
+EXPLAINED = {  # derived values, and the arguments whose difference says theirs
+    'total_batch': {'batch_size', 'accum_steps'},
+    'precision': {'amp'},
+    'data': {'data_set', 'data_path', 'data_layout', 'use_lmdb', 'train_fraction', 'inat_category'},
+}
 DERIVED = ('data', 'total_batch', 'precision', 'train_mode')  # that matter beside the arguments
 
 MOST_LOG_BYTES, MOST_YAML_BYTES = 32 << 20, 256 << 10
@@ -251,14 +256,32 @@ def _settings(run: LoggedRun) -> dict[str, str]:
     return {name: json.dumps(value, default=str) for name, value in found.items()}
 
 
-def find_differences(runs: Sequence[LoggedRun]) -> dict[str, list[str]]:
-    """The arguments, and what was derived of them, that are not the same for all runs: their values, run by run."""
-    sources = [
-        {**{name: value for name, value in run.args.items() if name not in NO_MATTER}, **run.derived} for run in runs
+def _tell_apart(values: Sequence[str]) -> list[str]:
+    """Paths without the parts that all of them have; other values as they are."""
+    parts = {value: Path(value).parts for value in values if os.sep in value}
+    common = set.intersection(*map(set, parts.values())) if parts else set()
+    return [
+        str(Path(*[part for part in parts[value] if part not in common] or parts[value][-1:]))
+        if value in parts
+        else value
+        for value in values
     ]
+
+
+def find_differences(runs: Sequence[LoggedRun]) -> dict[str, list[str]]:
+    """What was varied: the arguments that are not the same for all runs, with their values, run by run.
+
+    The total batch, the precision and the data are there where no argument says how they differ, the data by number.
+    """
+    sources = [{name: value for name, value in run.args.items() if name not in NO_MATTER} for run in runs]
+    for name in EXPLAINED:
+        values = [run.derived.get(name) for run in runs]
+        for source, value in zip(sources, values, strict=True):
+            source[name] = f'no. {values.index(value) + 1}' if name == 'data' else value
     names = dict.fromkeys(name for source in sources for name in source)
     shown = {name: [show_value(source[name]) if name in source else '–' for source in sources] for name in names}
-    return {name: values for name, values in shown.items() if len(set(values)) > 1}
+    different = {name: _tell_apart(values) for name, values in shown.items() if len(set(values)) > 1}
+    return {name: values for name, values in different.items() if not EXPLAINED.get(name, set()) & different.keys()}
 
 
 def group_by_settings(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
@@ -270,9 +293,10 @@ def group_by_settings(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
     counting = {name for run in firsts for name in _settings(run)}
     different = {name: values for name, values in find_differences(firsts).items() if name in counting}
     labels = [
-        ', '.join(f'{name} {values[number]}' for name, values in different.items()) or firsts[number].name
-        for number in range(len(firsts))
+        ', '.join(f'{name} {values[number]}' for name, values in different.items()) for number in range(len(firsts))
     ]
+    labels = [label if label and labels.count(label) == 1 else first.name
+              for label, first in zip(labels, firsts, strict=True)]  # fmt: skip
     return dict(zip(labels, groups.values(), strict=True))
 
 

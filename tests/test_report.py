@@ -122,9 +122,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     save = report_figures._save
 
-    def keep(figure: Figure, name: str, title: str) -> report_figures.Picture:
+    def keep(figure: Figure, name: str, *args: Any, **kwargs: Any) -> report_figures.Picture:
         figures[name] = figure
-        return save(figure, name, title)
+        return save(figure, name, *args, **kwargs)
 
     monkeypatch.setattr(report_figures, '_save', keep)
     return figures
@@ -244,6 +244,61 @@ def test_statistics_over_seeds(tmp_path: Path, drawn: dict[str, Figure], monkeyp
     assert [text.get_text().strip() for text in drawn['grad_norm'].axes[0].get_legend().texts] == ['lr 0.5', 'lr 0.25']
     best = max(logs, key=lambda name: max(line['test_acc1'] for line in logs[name]))
     assert f'The best is {best}.' in page.words['head']
+
+
+def test_what_a_person_varied(tmp_path: Path) -> None:
+    """No hashes, and of paths what tells them apart; derived values only where no argument explains them."""
+    given = [{'finetune': f'/data/models/{name}/best_checkpoint.pth', 'batch_size': size} for name, size in
+             (('a', 64), ('b', 64), ('b', 128))]  # fmt: skip
+    for number, args in enumerate(given):
+        make_run(tmp_path / f'run{number}', **args)
+        settings = yaml.safe_load((tmp_path / f'run{number}' / 'args.yaml').read_text())
+        settings['derived'] |= {'data': f'{number:040x}', 'total_batch': args['batch_size'], 'lr_scaled': number / 7}
+        (tmp_path / f'run{number}' / 'args.yaml').write_text(yaml.safe_dump(settings))
+    found = runs.read_runs([tmp_path / f'run{number}' for number in range(3)])
+    assert runs.find_differences(found) == {
+        'finetune': ['a', 'b', 'b'], 'batch_size': ['64', '64', '128'], 'data': ['no. 1', 'no. 2', 'no. 3'],
+    }  # fmt: skip
+    assert len(runs.group_by_settings(found)) == 3
+    for one in found:
+        one.args['data_path'] = f'/disks/{one.name}/images'
+    assert 'data' not in runs.find_differences(found)
+
+
+def test_columns_that_no_run_has_are_left_out(tmp_path: Path) -> None:
+    for number in range(2):
+        lines = make_run(tmp_path / str(number), seed=number)
+        kept = [{name: value for name, value in line.items() if 'ema' not in name} for line in lines]
+        (tmp_path / str(number) / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    page = Page(make_page([tmp_path / '0']))
+    assert 'best moving average' not in page.source and 'best test accuracy' in page.tiles()
+    page = Page(make_page([tmp_path / '0', tmp_path / '1'], out=tmp_path / 'two.html'))
+    assert 'best moving average' not in page.source and len({len(row) for row in page.rows['summary']}) == 1
+
+
+def test_points_can_be_read(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    """A strip with the numbers of each epoch lies where that epoch is drawn."""
+    lines = make_run(tmp_path / 'run')
+    page = Page(make_page([tmp_path / 'run']))
+    assert f'epoch 7\ntest: {lines[7]["test_acc1"]:.5g}\nmoving average: {lines[7]["ema_test_acc1"]:.5g}' in page.source
+    axes = drawn['accuracy'].axes[0]
+    spots = report_figures._epoch_spots(axes, dict.fromkeys(range(12), ''))
+    for epoch, spot in enumerate(spots):
+        x, y = axes.figure.transFigure.inverted().transform(
+            axes.transData.transform((epoch, lines[epoch]['test_acc1']))
+        )
+        assert spot.left < 100 * x < spot.left + spot.width and spot.top < 100 * (1 - y) < spot.top + spot.height
+
+
+def test_letters_of_any_script(tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that no font can draw are numbers, with what they stand for below the figure; never boxes."""
+    letter = '\U000f1234'  # of private use, which no font has
+    names, legend = report_figures.drawable(['cat', f'{letter}x', 'é'])
+    assert names == ['cat', '#1', 'é'] and legend == f'#1 {letter}x'
+    picture = report_figures.draw_confusion(np.eye(3, dtype=int), ['cat', f'{letter}x', 'é'])
+    ticks = [label.get_text() for label in drawn['confusion'].axes[0].get_yticklabels()]
+    assert ticks == ['cat', '#1', 'é'] and picture.legend == legend
+    assert report_figures.find_fonts(frozenset('aé'))[0] == ('DejaVu Sans',)
 
 
 def test_runs_without_anything_in_common(tmp_path: Path, drawn: dict[str, Figure]) -> None:
