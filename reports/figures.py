@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import math
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -29,14 +32,26 @@ MOST_IN_LEGEND = 16
 FEW_EPOCHS = 25  # up to which each has a dot
 
 
+class Spot(NamedTuple):
+    """A part of a picture, in percent of its width and height, and the words that it shows under the pointer."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    text: str
+
+
 @dataclass
 class Picture:
-    """A PNG, or a JPEG of an image."""
+    """A PNG, or a JPEG of an image. `legend` says what the numbers in place of names stand for."""
 
     name: str
     title: str
     data: bytes
     kind: str = 'png'
+    spots: Sequence[Spot] = ()
+    legend: str = ''
 
     @property
     def uri(self) -> str:
@@ -81,14 +96,58 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, name: str, title: str) -> Picture:
-    for text in figure.findobj(lambda artist: hasattr(artist, 'set_parse_math')):
-        text.set_parse_math(False)  # type: ignore[attr-defined]  # a dollar in a name is no formula
+def _save(figure: Figure, name: str, title: str, legend: str = '', hover: Mapping[int, str] | None = None) -> Picture:
+    """A figure as a PNG.
+
+    Args:
+        hover: what is shown under the pointer, by epoch.
+    """
+    texts: list[Any] = figure.findobj(lambda artist: hasattr(artist, 'set_parse_math'))
+    fonts, _ = find_fonts(frozenset(''.join(text.get_text() for text in texts)))
+    for text in texts:
+        text.set_parse_math(False)  # a dollar in a name is no formula
+        text.set_fontfamily(fonts)
     file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the font lacks letters of some scripts
-        figure.savefig(file, format='png', dpi=150)
-    return Picture(name, title, file.getvalue())
+    figure.savefig(file, format='png', dpi=150)
+    spots = _epoch_spots(figure.axes[0], hover) if hover else []
+    return Picture(name, title, file.getvalue(), spots=spots, legend=legend)
+
+
+@cache
+def find_fonts(letters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Fonts of this machine that have the letters together, matplotlib's own first, and the letters that none has."""
+    fonts, left = ['DejaVu Sans'], letters
+    files = {
+        entry.name: entry.fname for entry in fontManager.ttflist if not entry.name.startswith('Last Resort')
+    }  # boxes
+    for name in sorted(files, key=lambda name: (name != fonts[0], name)):
+        if not left:
+            break
+        has = get_font(files[name]).get_char_index
+        covered = {letter for letter in left if letter.isspace() or has(ord(letter))}
+        fonts += [name] if covered and name != fonts[0] else []
+        left = left - covered
+    return tuple(fonts), frozenset(left)
+
+
+def drawable(names: Sequence[str]) -> tuple[list[str], str]:
+    """Names for a figure: those with letters that no font here has are numbers, which the second text explains."""
+    lacking = find_fonts(frozenset(''.join(names)))[1]
+    numbers = {number: name for number, name in enumerate(names) if lacking & set(name)}
+    shown = [f'#{number}' if number in numbers else name for number, name in enumerate(names)]
+    return shown, ', '.join(f'#{number} {name}' for number, name in numbers.items())
+
+
+def _epoch_spots(axes: Axes, texts: Mapping[int, str]) -> list[Spot]:
+    """A strip of the axes for each epoch, as wide as to the middle of the next."""
+    box, (low, high) = axes.get_position(), axes.get_xlim()
+    epochs = sorted(texts)
+    edges = [low, *((one + two) / 2 for one, two in pairwise(epochs)), high]
+    places = [100 * (box.x0 + box.width * (edge - low) / (high - low)) for edge in edges]
+    return [
+        Spot(left, 100 * (1 - box.y1), right - left, 100 * box.height, texts[epoch])
+        for (left, right), epoch in zip(pairwise(places), epochs, strict=True)
+    ]
 
 
 def _short(text: str, most: int) -> str:
@@ -104,12 +163,18 @@ def _epoch_axis(axes: Axes, epochs: Iterable[int]) -> None:
         axes.set_xticks(epochs)
 
 
-def _legend(axes: Axes, entries: Sequence[tuple[str, Line2D]]) -> None:
-    """A legend inside the axes, or beside them if it is long. Entries whose names begin with _ are kept too."""
+def _legend(axes: Axes, entries: Sequence[tuple[str, Line2D]]) -> str:
+    """A legend inside the axes, or beside them if it is long. Entries whose names begin with _ are kept too.
+
+    Returns:
+        What the numbers stand for that it has in place of names.
+    """
     beside = len(entries) > 5
     place: dict[str, Any] = {'loc': 'upper left', 'bbox_to_anchor': (1.01, 1)} if beside else {'loc': 'best'}
-    lines, names = [line for _, line in entries], [f' {_short(name, 30)}' for name, _ in entries]
+    shown, legend = drawable([name for name, _ in entries])
+    lines, names = [line for _, line in entries], [f' {_short(name, 30)}' for name in shown]
     axes.legend(lines, names, fontsize=8, frameon=False, **place)
+    return legend
 
 
 def draw_curves(name: str, title: str, unit: str, curves: Sequence[Curve]) -> Picture:
@@ -149,9 +214,13 @@ def draw_curves(name: str, title: str, unit: str, curves: Sequence[Curve]) -> Pi
         kinds = {curve.kind: curve.style for curve in curves}
         if len(kinds) > 1:
             entries += [(kind, Line2D([], [], color=GREY, linestyle=style)) for kind, style in kinds.items()]
-    if len(entries) > 1:
-        _legend(axes, entries)
-    return _save(figure, name, title)
+    legend = _legend(axes, entries) if len(entries) > 1 else ''
+    hover: dict[int, str] = {}
+    for curve in curves[:MOST_IN_LEGEND]:
+        label = ', '.join(([curve.run.name] if len(runs) > 1 else []) + [curve.kind])
+        for epoch, value in zip(*curve.points, strict=True):
+            hover[epoch] = f'{hover.get(epoch, f"epoch {epoch}")}\n{label}: {value:.5g}'
+    return _save(figure, name, title, legend, hover)
 
 
 def draw_times(run: LoggedRun) -> Picture:
@@ -159,7 +228,7 @@ def draw_times(run: LoggedRun) -> Picture:
     figure, axes = _figure(6.4, 3.5)
     epochs = [line['epoch'] for line in run.timings]
     train, waits, tests = (
-        np.array([line.get(name, 0.0) for line in run.timings])
+        np.nan_to_num([line.get(name, 0.0) for line in run.timings], posinf=0.0, neginf=0.0)
         for name in ('train_seconds', 'data_seconds', 'test_seconds')
     )
     floor = np.zeros(len(epochs))
@@ -174,7 +243,10 @@ def draw_times(run: LoggedRun) -> Picture:
     axes.set_ylim(0, max(floor.max() * 1.25, 1e-9))
     axes.legend(fontsize=8, frameon=False, ncols=3, loc='upper left')
     _epoch_axis(axes, epochs)
-    return _save(figure, 'time', 'Seconds by epoch')
+    rows = zip(epochs, train, waits, tests, strict=True)
+    hover = {epoch: f'epoch {epoch}\ntraining: {a:.5g} s\nof that, waiting for data: {b:.5g} s\ntest: {c:.5g} s'
+             for epoch, a, b, c in rows}  # fmt: skip
+    return _save(figure, 'time', 'Seconds by epoch', hover=hover)
 
 
 def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
@@ -212,6 +284,7 @@ def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
 def draw_confusion(matrix: np.ndarray, labels: Sequence[str]) -> Picture:
     """The confusion matrix, each row by its share of the class; names and counts where there is room for them."""
     size = len(labels)
+    labels, legend = drawable(labels) if size <= MOST_NAMES else (labels, '')
     figure = Figure(figsize=(7.2, 6.4), layout='constrained')
     axes = figure.add_subplot()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -233,7 +306,7 @@ def draw_confusion(matrix: np.ndarray, labels: Sequence[str]) -> Picture:
         color = 'white' if shares[row, column] > 0.3 else 'black'
         font = 8 if size <= 12 else 6
         axes.text(column, row, str(matrix[row, column]), ha='center', va='center', color=color, fontsize=font)
-    return _save(figure, 'confusion', 'Confusion matrix')
+    return _save(figure, 'confusion', 'Confusion matrix', legend)
 
 
 def draw_classes(accuracy: np.ndarray, labels: Sequence[str], mean: float) -> Picture:
@@ -245,6 +318,7 @@ def draw_classes(accuracy: np.ndarray, labels: Sequence[str], mean: float) -> Pi
     """
     order = [int(number) for number in np.argsort(accuracy) if not math.isnan(accuracy[number])]
     named = len(order) <= MOST_NAMES
+    labels, legend = drawable(labels) if named else (labels, '')
     figure, axes = _figure(7.2, 6.4 if len(order) > 4 else 3.5)
     text = f'the line is all images, {mean:.1f}%'
     if named:
@@ -262,4 +336,35 @@ def draw_classes(accuracy: np.ndarray, labels: Sequence[str], mean: float) -> Pi
         axes.set_ylim(0, 100)
         axes.set_xlabel(f'classes, the worst first; {text}')
         axes.set_ylabel('% right')
-    return _save(figure, 'classes', 'Accuracy by class')
+    return _save(figure, 'classes', 'Accuracy by class', legend)
+
+
+def draw_rows(title: str, rows: Mapping[str, Sequence[float]], paper: Sequence[float]) -> Picture:
+    """A table of ablations: a bar for each row's mean, with its deviation (of a sample), and each run as a dot.
+
+    Args:
+        rows: the accuracies of a row's runs in percent, by the row's name.
+        paper: the published ones, to mark beside them; none where they are of other data.
+    """
+    done = [(place, values) for place, values in enumerate(rows.values()) if values]
+    dots = [(value, place) for place, values in done for value in values]
+    marks = list(zip(paper, range(len(paper)), strict=True))
+    shown = [value for value, _ in (*marks, *dots)] or [0.0]
+    low = max(5 * ((min(shown) - 4) // 5), 0)
+    figure, axes = _figure(8, 1.3 + 0.42 * len(rows))
+    for place, values in done:
+        spread = stdev(values) if len(values) > 1 else None
+        axes.barh(place, fmean(values) - low, 0.6, low, color=BLUE, xerr=spread, capsize=3)
+        text = f'{fmean(values):.2f}' + ('' if spread is None else f' ± {spread:.2f}')
+        axes.annotate(text, (1.01, place), xycoords=('axes fraction', 'data'), va='center', fontsize=9)
+    for points, label, style in ((dots, 'a run', {'marker': 'o', 'color': 'white', 'mec': 'black', 'ms': 4}),
+                                 (marks, 'paper', {'marker': '|', 'color': ORANGE, 'mew': 3, 'ms': 18})):  # fmt: skip
+        if points:
+            axes.plot(*zip(*points, strict=True), linestyle='', label=label, **style)  # type: ignore[arg-type]
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(low, min(max(shown) + 2, 100.5))
+    axes.set_xlabel(f'top-1, %, mean ± sd{f" (the axis starts at {low:g})" if low else ""}')
+    axes.set_title(title, fontsize=10, loc='left', x=0, wrap=True)
+    figure.legend(loc='outside lower right', ncols=2, fontsize=8, frameon=False)
+    return _save(figure, 'table', title)

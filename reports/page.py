@@ -80,6 +80,9 @@ def make(
         except InputError as err:
             notes.append(f'{run.name}: {one_line(err)}')
         facts.append(list_facts(run, cost))
+    wanted = [number for number, column in enumerate(zip(*facts, strict=True))  # that any run has
+              if number == 0 or any(fact.value.strip('– /') for fact in column)]  # fmt: skip
+    facts = [[entries[number] for number in wanted] for entries in facts]
     over_seeds, left_out = seed_statistics(groups)
     scored = [(result.value, run) for run in runs if (result := run.result('test_acc1')) is not None]
     best = max(scored, key=lambda entry: entry[0])[1] if scored else runs[0]

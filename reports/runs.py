@@ -6,27 +6,33 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import yaml
 
 from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT
 from training.output import holds_run
-from training.state import FREE_ARGUMENTS
+from training.state import FREE_ARGUMENTS, MOST_EPOCHS
 from training.weights import stored_args
 from utils import InputError, UsageError, format_seconds, one_line
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Arguments that cannot change what a run comes to, and those of which `derived` has what they came to.
 SEEN_IN_DERIVED = {'data_path', 'data_layout', 'use_lmdb', 'amp', 'train_mode'}
 NO_MATTER = FREE_ARGUMENTS - {'finetune', 'batch_size', 'accum_steps'} - SEEN_IN_DERIVED
+EXPLAINED = {  # derived values, and the arguments whose difference says theirs
+    'total_batch': {'batch_size', 'accum_steps'},
+    'precision': {'amp'},
+    'data': {'data_set', 'data_path', 'data_layout', 'use_lmdb', 'train_fraction', 'inat_category'},
+}
 DERIVED = ('data', 'total_batch', 'precision', 'train_mode')  # that matter beside the arguments
+
+MOST_LOG_BYTES, MOST_YAML_BYTES = 32 << 20, 256 << 10
+MOST_IN_LINE, MOST_IN_VALUE = 100_000, 10_000  # characters
+MOST_VALUE = 1e100  # with larger ones figures have no axes
 
 RESULTS = {  # for the statistics over seeds: column of log.txt, and whether the best epoch counts or the last
     'test accuracy, best epoch': ('test_acc1', True),
@@ -114,12 +120,40 @@ class LoggedRun:
         return max(found, key=lambda entry: entry.value) if best else found[-1]
 
 
-# Reading
+# Reading: whoever shares a run shares these files, so they may hold anything
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without what makes a short file long: scalars that take long to read, and merged mappings."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        if len(node.value) > MOST_IN_VALUE:
+            raise yaml.YAMLError(f'it has a value of {len(node.value):,} characters')
+        return super().construct_scalar(node)
+
+    def flatten_mapping(self, node: Any) -> None:
+        if any(key.tag == 'tag:yaml.org,2002:merge' for key, _ in node.value):
+            raise yaml.YAMLError('it has merged mappings')
+
+
+def _open(path: Path, most: int) -> IO[str]:
+    """Opens a text file of at most so many bytes.
+
+    Raises:
+        InputError: if it is larger, or no file but a pipe, a device or a folder.
+    """
+    if not path.is_file():
+        raise InputError(f'{path} is no file')
+    if path.stat().st_size > most:
+        raise InputError(f'{path} has {path.stat().st_size:,} bytes: a run writes no more than {most:,}')
+    return path.open(encoding='utf-8', errors='backslashreplace')
 
 
 def _number(value: Any) -> float:
     """A number of the log, whose infinities and NaNs are words."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    if MOST_VALUE < abs(float(value)) < math.inf:
         raise ValueError
     return float(value) if isinstance(value, str) else value
 
@@ -133,17 +167,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found: dict[int, dict[str, Any]] = {}
-    for number, text in enumerate(path.read_text(encoding='utf-8', errors='backslashreplace').splitlines(), start=1):
-        try:
-            line = {name: _number(value) for name, value in json.loads(text).items()}
-            if not isinstance(line['epoch'], int) or line['epoch'] < 0:
-                raise ValueError
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            raise InputError(
-                f'{path}, line {number} is damaged: {text[:40]!r} is not the JSON of an epoch. Take the line out, or '
-                'start the run again with --auto-resume, which writes the file anew'
-            ) from None
-        found[int(line['epoch'])] = line
+    with _open(path, MOST_LOG_BYTES) as file:
+        for number, text in enumerate(iter(lambda: file.readline(MOST_IN_LINE), ''), start=1):
+            try:
+                line = {name: _number(value) for name, value in json.loads(text).items()}
+                if not isinstance(line['epoch'], int) or not 0 <= line['epoch'] < MOST_EPOCHS:
+                    raise ValueError
+            except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
+                raise InputError(
+                    f'{path}, line {number} is damaged: {text[:40]!r} is not the JSON of an epoch. Take the line out, '
+                    'or start the run again with --auto-resume, which writes the file anew'
+                ) from None
+            found[int(line['epoch'])] = line
     return [found[epoch] for epoch in sorted(found)]
 
 
@@ -161,19 +196,31 @@ def _read_timings(path: Path) -> list[dict[str, Any]]:
 def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run's flags and what was derived of them: from args.yaml, else from a checkpoint, else empty."""
     path = folder / 'args.yaml'
-    try:
-        args = yaml.safe_load(path.read_text(encoding='utf-8', errors='backslashreplace'))
-    except FileNotFoundError:
+    if not path.exists():
         for name in (BEST, CHECKPOINT):
             if (folder / name).exists():
                 return dict(stored_args(ckpt.load(str(folder / name)))), {}
         return {}, {}
+    try:
+        with _open(path, MOST_YAML_BYTES) as file:
+            args = yaml.load(file, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as err:
         raise InputError(f'{path} is damaged: {one_line(err)}') from None
+    ckpt.check_plain(args, str(path))  # whose aliases may lead round in circles, or to one thing a million times
     derived = args.pop('derived', {}) if isinstance(args, dict) else None
     if not isinstance(derived, dict) or not all(isinstance(name, str) for name in (*args, *derived)):
         raise InputError(f'{path} is damaged: it does not hold the flags of a run')
     return args, derived
+
+
+def read_run(folder: Path, name: str = '') -> LoggedRun:
+    """Reads a run's folder.
+
+    Raises:
+        InputError: if what it holds is damaged.
+    """
+    args, derived = _read_args(folder)
+    return LoggedRun(folder, name, args, derived, read_lines(folder / 'log.txt'), _read_timings(folder / 'timing.txt'))
 
 
 def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
@@ -192,13 +239,10 @@ def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
         if not (folder / 'args.yaml').is_file() and not holds_run(folder):
             raise InputError(f'{folder} holds no run: give the --output_dir of one')
     common = Path(os.path.commonpath(resolved)) if len(resolved) > 1 else resolved[0].parent
-    runs = []
-    for folder, whole in zip(folders, resolved, strict=True):
-        name = printable(whole.name if whole == common else whole.relative_to(common))
-        args, derived = _read_args(folder)
-        lines, timings = read_lines(folder / 'log.txt'), _read_timings(folder / 'timing.txt')
-        runs.append(LoggedRun(folder, name, args, derived, lines, timings))
-    return runs
+    return [
+        read_run(folder, printable(whole.name if whole == common else whole.relative_to(common)))
+        for folder, whole in zip(folders, resolved, strict=True)
+    ]
 
 
 # Beside each other
@@ -212,14 +256,32 @@ def _settings(run: LoggedRun) -> dict[str, str]:
     return {name: json.dumps(value, default=str) for name, value in found.items()}
 
 
-def find_differences(runs: Sequence[LoggedRun]) -> dict[str, list[str]]:
-    """The arguments, and what was derived of them, that are not the same for all runs: their values, run by run."""
-    sources = [
-        {**{name: value for name, value in run.args.items() if name not in NO_MATTER}, **run.derived} for run in runs
+def _tell_apart(values: Sequence[str]) -> list[str]:
+    """Paths without the parts that all of them have; other values as they are."""
+    parts = {value: Path(value).parts for value in values if os.sep in value}
+    common = set.intersection(*map(set, parts.values())) if parts else set()
+    return [
+        str(Path(*[part for part in parts[value] if part not in common] or parts[value][-1:]))
+        if value in parts
+        else value
+        for value in values
     ]
+
+
+def find_differences(runs: Sequence[LoggedRun]) -> dict[str, list[str]]:
+    """What was varied: the arguments that are not the same for all runs, with their values, run by run.
+
+    The total batch, the precision and the data are there where no argument says how they differ, the data by number.
+    """
+    sources = [{name: value for name, value in run.args.items() if name not in NO_MATTER} for run in runs]
+    for name in EXPLAINED:
+        values = [run.derived.get(name) for run in runs]
+        for source, value in zip(sources, values, strict=True):
+            source[name] = f'no. {values.index(value) + 1}' if name == 'data' else value
     names = dict.fromkeys(name for source in sources for name in source)
     shown = {name: [show_value(source[name]) if name in source else '–' for source in sources] for name in names}
-    return {name: values for name, values in shown.items() if len(set(values)) > 1}
+    different = {name: _tell_apart(values) for name, values in shown.items() if len(set(values)) > 1}
+    return {name: values for name, values in different.items() if not EXPLAINED.get(name, set()) & different.keys()}
 
 
 def group_by_settings(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
@@ -231,9 +293,10 @@ def group_by_settings(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
     counting = {name for run in firsts for name in _settings(run)}
     different = {name: values for name, values in find_differences(firsts).items() if name in counting}
     labels = [
-        ', '.join(f'{name} {values[number]}' for name, values in different.items()) or firsts[number].name
-        for number in range(len(firsts))
+        ', '.join(f'{name} {values[number]}' for name, values in different.items()) for number in range(len(firsts))
     ]
+    labels = [label if label and labels.count(label) == 1 else first.name
+              for label, first in zip(labels, firsts, strict=True)]  # fmt: skip
     return dict(zip(labels, groups.values(), strict=True))
 
 
@@ -294,8 +357,9 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
     losses = [run.result(name, best=False) for name in ('train_loss', 'test_loss')]
     logged = run.result('n_parameters', best=False)
     parameters = cost[0] if cost else int(logged.value) if logged else None
-    rates, waits = (run.series(name)[1] for name in ('images_per_second', 'data_seconds'))
-    train, tests = (sum(run.series(name)[1]) for name in ('train_seconds', 'test_seconds'))
+    times = ('images_per_second', 'data_seconds', 'train_seconds', 'test_seconds')
+    rates, waits, trains, tests = ([*filter(math.isfinite, run.series(name)[1])] for name in times)
+    train = sum(trains)
     return [
         Fact('best test accuracy', *_percent(best)),
         Fact('top-5 at that epoch', f'{top5[0]:.2f}%' if top5 and not few_classes else '–'),
@@ -306,5 +370,5 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
         Fact('multiply-adds an image', f'{cost[1] / 1e9:.3f} G' if cost else '–'),
         Fact('images a second, median', f'{statistics.median(rates):,.0f}' if rates else '–'),
         Fact('training time lost to data', f'{sum(waits) / train:.1%}' if waits and train else '–'),
-        Fact('time, training and test', format_seconds(train + tests) if train else '–'),
+        Fact('time, training and test', format_seconds(train + sum(tests)) if train else '–'),
     ]

@@ -23,11 +23,14 @@ from main import main as train
 from models.ablations import create_model
 from models.dhvt import DHVT
 from tests.conftest import PLAIN, ROOT
+from tests.test_report import make_run
 from tools import ablate
-from tools.ablate import DEIT, TABLES, VIT
+from tools.ablate import TABLES
 
 TINY_RUN = [*PLAIN, '--data-set', 'DIGITS', '--epochs', '1', '--model-kwargs', 'embed_dim=16', 'depth=1', 'num_heads=2']
 DEPTH, PATCHES, CLASSES = 12, 64, 100
+VIT = {'stem': 'patch', 'attention': 'plain', 'feed_forward': 'mlp'}
+DEIT = {**VIT, 'pos_embed': 'learn'}
 
 
 def small(**kwargs: Any) -> DHVT:
@@ -77,6 +80,8 @@ def test_formulas_know_the_published_counts() -> None:
 
 
 def test_number_of_rows() -> None:
+    assert TABLES['5'].rows[0].kwargs == DEIT and TABLES['10'].rows[3].kwargs == {'num_heads': 6}
+    assert TABLES['9'].rows[2].kwargs == {'shortcut': False}
     assert {name: len(table.rows) for name, table in TABLES.items()} == {
         '5': 8, '6': 4, '8': 3, '9': 3, '10': 5, '11': 12, 'affines': 2
     }  # fmt: skip
@@ -327,6 +332,38 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
 
     code, _, err = run(capsys, *argv, '--seeds', '0', '--epochs', '2')
     assert code == 1 and '--epochs was 1, is 2' in err and 'Choose another --output' in err
+
+
+def test_progress_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run has behind it and what it printed last, while it runs; a log that is damaged by then does no harm."""
+    lines = make_run(tmp_path / 'seed0', done=3)
+    monkeypatch.setattr(ablate, 'LOOK_EVERY', 0.05)
+    monkeypatch.setattr(ablate, 'LINE_EVERY', 0.0)
+    script = 'import time; print("Epoch 3 [ 10/196]", flush=True); time.sleep(1); open("log.txt", "w").write("{"); '
+    script = f'import os; os.chdir({str(tmp_path / "seed0")!r}); {script}time.sleep(0.3); exit(3)'
+    monkeypatch.setattr(ablate, 'command_of', lambda *_: [sys.executable, '-c', script])
+    with pytest.raises(ablate.InputError, match='run 1 of 2 ended with exit code 3'):
+        ablate.run_one('run 1 of 2', [], folder=tmp_path / 'seed0', nproc=1)
+    best = max(line['test_acc1'] for line in lines)
+    expected = f'run 1 of 2: 3 of 12 epochs, best top-1 {best:.2f}%; Epoch 3 [ 10/196]'
+    assert expected in capsys.readouterr().out.splitlines()
+
+
+def test_the_papers_marks_are_for_the_papers_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[float]] = []
+    draw = ablate.draw_rows
+
+    def keep(title: str, bars: dict[str, list[float]], paper: list[float]) -> Any:
+        drawn.append(paper)
+        return draw(title, bars, paper)
+
+    monkeypatch.setattr(ablate, 'draw_rows', keep)
+    for data_set in ('CIFAR', 'CIFAR10'):
+        folder = ablate.row_folder(tmp_path / data_set, TABLES['affines'], TABLES['affines'].rows[0])
+        make_run(folder / 'seed0', data_set=data_set)
+        text = ablate.write_table(TABLES['affines'], tmp_path / data_set)
+        assert f'Here: {data_set}, 12 epochs.' in text and '| 80.90 |' in text
+    assert drawn == [[80.90, 80.72], []]
 
 
 def test_a_signal_reaches_the_run_once(tmp_path: Path) -> None:

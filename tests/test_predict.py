@@ -212,6 +212,24 @@ def test_moving_average_and_bare_weights(made: Made, tmp_path: Path, capsys: pyt
     assert 'no such checkpoint file' in capsys.readouterr().err
 
 
+def test_mirror_images(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """--tta: the softmax of the mean of both logits; an image and its mirror image have the same answer."""
+    image = sorted(made.root.glob('val/2/*.png'))[0]
+    mirror = tmp_path / 'mirror.png'
+    Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirror)
+
+    def logits(*argv: Any) -> list[torch.Tensor]:  # up to a constant
+        run(made.checkpoint, image, mirror, '--topk', 10, '--format', 'jsonl', *argv)
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        ordered = [dict(zip(line['classes'], line['probabilities'], strict=True)) for line in lines]
+        return [torch.tensor([found[name] for name in '0123456789']).log() for found in ordered]
+
+    (one, other), both = logits(), logits('--tta')
+    assert not torch.allclose(one, other, atol=1e-2) and torch.allclose(both[0], both[1], atol=1e-3)
+    expected = ((one + other) / 2).log_softmax(dim=0)
+    torch.testing.assert_close(both[0], expected, atol=1e-3, rtol=0)
+
+
 def test_more_rows_in_the_head_than_classes(made: Made, tmp_path: Path) -> None:
     loaded = ckpt.load(made.checkpoint)
     names = [f'digit {number}' for number in range(8)]

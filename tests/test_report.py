@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -121,9 +122,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     save = report_figures._save
 
-    def keep(figure: Figure, name: str, title: str) -> report_figures.Picture:
+    def keep(figure: Figure, name: str, *args: Any, **kwargs: Any) -> report_figures.Picture:
         figures[name] = figure
-        return save(figure, name, title)
+        return save(figure, name, *args, **kwargs)
 
     monkeypatch.setattr(report_figures, '_save', keep)
     return figures
@@ -243,6 +244,61 @@ def test_statistics_over_seeds(tmp_path: Path, drawn: dict[str, Figure], monkeyp
     assert [text.get_text().strip() for text in drawn['grad_norm'].axes[0].get_legend().texts] == ['lr 0.5', 'lr 0.25']
     best = max(logs, key=lambda name: max(line['test_acc1'] for line in logs[name]))
     assert f'The best is {best}.' in page.words['head']
+
+
+def test_what_a_person_varied(tmp_path: Path) -> None:
+    """No hashes, and of paths what tells them apart; derived values only where no argument explains them."""
+    given = [{'finetune': f'/data/models/{name}/best_checkpoint.pth', 'batch_size': size} for name, size in
+             (('a', 64), ('b', 64), ('b', 128))]  # fmt: skip
+    for number, args in enumerate(given):
+        make_run(tmp_path / f'run{number}', **args)
+        settings = yaml.safe_load((tmp_path / f'run{number}' / 'args.yaml').read_text())
+        settings['derived'] |= {'data': f'{number:040x}', 'total_batch': args['batch_size'], 'lr_scaled': number / 7}
+        (tmp_path / f'run{number}' / 'args.yaml').write_text(yaml.safe_dump(settings))
+    found = runs.read_runs([tmp_path / f'run{number}' for number in range(3)])
+    assert runs.find_differences(found) == {
+        'finetune': ['a', 'b', 'b'], 'batch_size': ['64', '64', '128'], 'data': ['no. 1', 'no. 2', 'no. 3'],
+    }  # fmt: skip
+    assert len(runs.group_by_settings(found)) == 3
+    for one in found:
+        one.args['data_path'] = f'/disks/{one.name}/images'
+    assert 'data' not in runs.find_differences(found)
+
+
+def test_columns_that_no_run_has_are_left_out(tmp_path: Path) -> None:
+    for number in range(2):
+        lines = make_run(tmp_path / str(number), seed=number)
+        kept = [{name: value for name, value in line.items() if 'ema' not in name} for line in lines]
+        (tmp_path / str(number) / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    page = Page(make_page([tmp_path / '0']))
+    assert 'best moving average' not in page.source and 'best test accuracy' in page.tiles()
+    page = Page(make_page([tmp_path / '0', tmp_path / '1'], out=tmp_path / 'two.html'))
+    assert 'best moving average' not in page.source and len({len(row) for row in page.rows['summary']}) == 1
+
+
+def test_points_can_be_read(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    """A strip with the numbers of each epoch lies where that epoch is drawn."""
+    lines = make_run(tmp_path / 'run')
+    page = Page(make_page([tmp_path / 'run']))
+    assert f'epoch 7\ntest: {lines[7]["test_acc1"]:.5g}\nmoving average: {lines[7]["ema_test_acc1"]:.5g}' in page.source
+    axes = drawn['accuracy'].axes[0]
+    spots = report_figures._epoch_spots(axes, dict.fromkeys(range(12), ''))
+    for epoch, spot in enumerate(spots):
+        x, y = axes.figure.transFigure.inverted().transform(
+            axes.transData.transform((epoch, lines[epoch]['test_acc1']))
+        )
+        assert spot.left < 100 * x < spot.left + spot.width and spot.top < 100 * (1 - y) < spot.top + spot.height
+
+
+def test_letters_of_any_script(tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that no font can draw are numbers, with what they stand for below the figure; never boxes."""
+    letter = '\U000f1234'  # of private use, which no font has
+    names, legend = report_figures.drawable(['cat', f'{letter}x', 'é'])
+    assert names == ['cat', '#1', 'é'] and legend == f'#1 {letter}x'
+    picture = report_figures.draw_confusion(np.eye(3, dtype=int), ['cat', f'{letter}x', 'é'])
+    ticks = [label.get_text() for label in drawn['confusion'].axes[0].get_yticklabels()]
+    assert ticks == ['cat', '#1', 'é'] and picture.legend == legend
+    assert report_figures.find_fonts(frozenset('aé'))[0] == ('DejaVu Sans',)
 
 
 def test_runs_without_anything_in_common(tmp_path: Path, drawn: dict[str, Figure]) -> None:
@@ -446,6 +502,62 @@ def test_bad_input(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (run / 'args.yaml').write_text(text)
         code, error = fails([str(run)], capsys)
         assert code == 1 and 'args.yaml is damaged' in error, text
+
+
+def yaml_bomb(first: str, nest: str) -> str:
+    """Ten times the line before, nine times: 10**10 values for who follows every alias."""
+    return f'a0: &a0 {first}\n' + ''.join(
+        f'a{n}: &a{n} {nest.format(",".join([f"*a{n - 1}"] * 10))}\n' for n in range(1, 10)
+    )
+
+
+def test_files_that_are_more_than_they_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Aliases, cycles, depth, numbers, lines and holes: a line, at once and in little memory."""
+    run = tmp_path / 'run'
+    make_run(run)
+    args, log = run / 'args.yaml', run / 'log.txt'
+    whole = {path: path.read_bytes() for path in (args, log)}
+    began = time.monotonic()
+    for text, message in (
+        (yaml_bomb('[x]', '[{}]'), 'args.yaml holds too much'),
+        (yaml_bomb('{x: 1}', '{{<<: [{}]}}'), 'it has merged mappings'),
+        ('a: &a [*a]', 'args.yaml holds too much'),
+        ('&a {b: *a}', 'args.yaml holds too much'),
+        ('a: ' + '[' * 100 + ']' * 100, 'args.yaml holds too much'),
+        ('epochs: ' + '9' * 999, 'a number of too many digits'),
+        ('epochs: 1' + ':1' * 99_999, 'it has a value of 199,999 characters'),
+        ('#' * 300_000, 'a run writes no more than 262,144'),
+    ):
+        args.write_text(text)
+        code, error = fails([str(run), '--no-predictions'], capsys)
+        assert code == 1 and message in error and len(error) < 400, error
+    args.write_bytes(whole[args])
+    for text in ('{"epoch": 3, "a": 1e300}', '{"epoch": 3, "a": ' + '9' * 400 + '}', '{"epoch": 1000000000}',
+                 '{"epoch": 3, "' + 'a' * 200_000 + '": 1}'):  # fmt: skip
+        log.write_bytes(whole[log] + text.encode())
+        code, error = fails([str(run), '--no-predictions'], capsys)
+        assert code == 1 and 'log.txt, line 13 is damaged' in error and len(error) < 400, error
+    for path in (args, log, run / 'timing.txt'):
+        with path.open('ab') as file:
+            file.truncate(1 << 40)  # a hole
+        code, error = fails([str(run), '--no-predictions'], capsys)
+        assert code == 1 and f'{path} has 1,099,511,627,776 bytes' in error, error
+        path.unlink()
+        os.mkfifo(path)
+        code, error = fails([str(run), '--no-predictions'], capsys)
+        assert code == 1 and f'{path} is no file' in error, error
+        path.unlink()
+        path.write_bytes(whole.get(path, b''))
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize('value', ['nan', 'inf', '-inf'])
+def test_seconds_that_are_none(tmp_path: Path, value: str) -> None:
+    make_run(tmp_path / 'run', planned=3)
+    path = tmp_path / 'run' / 'timing.txt'
+    first = {name: value for name in json.loads(path.read_text().splitlines()[0]) if name != 'epoch'}
+    path.write_text(json.dumps({**first, 'epoch': 0}) + '\n' + ''.join(path.read_text().splitlines(True)[1:]))
+    assert Page(make_page([tmp_path / 'run'])).tiles()['training time lost to data'] == '25.0%'
 
 
 def test_bad_checkpoints(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,10 +116,9 @@ def compare_ops(images: Sequence[Image.Image], *, device: torch.device) -> None:
             print(f'| {label} | ' + ' | '.join(compare_op(name, images, cubic=cubic, device=device)) + ' |', flush=True)
 
 
-def measure_rates(
-    images: Sequence[Image.Image], *, input_size: int, aa: str, seed: int, rounds: int, device: torch.device
-) -> None:
+def measure_rates(images: Sequence[Image.Image], aa: str, seed: int, rounds: int, device: torch.device) -> None:
     """Prints images per second of timm's pipeline and of both batched ones, on one batch."""
+    input_size = images[0].width
     settings = Augmentation(input_size=input_size, auto_augment=aa)
     transform: Any = settings.transform(train=True)
     transform.transforms = transform.transforms[1:]  # without the resize, or the random resized crop
@@ -156,17 +155,11 @@ def measure_rates(
     print('| pipeline | images/s | slowest to fastest | ratio |\n|---|---|---|---|')
     for name, found in rates.items():
         ratio = statistics.median(a / b for a, b in zip(found, rates['timm, PIL'], strict=True))
-        print(
-            f'| {name} | {statistics.median(found):,.0f} | {min(found):,.0f} to {max(found):,.0f} | {ratio:.2f} |'
-        )  # fmt: skip
+        print(f'| {name} | {statistics.median(found):,.0f} | {min(found):,.0f} to {max(found):,.0f} | {ratio:.2f} |')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program.
-
-    Raises:
-        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
-    """
+    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors('benchmark_augment.py'):
         device = find_device(args.device, process=Process())
@@ -176,14 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = read_images(Path(args.folder), images=wanted, input_size=args.input_size, seed=args.seed)
         compare_ops(images[: args.images], device=device)
         if args.rounds:
-            measure_rates(
-                images[: args.batch_size],
-                input_size=args.input_size,
-                aa=args.aa,
-                seed=args.seed,
-                rounds=args.rounds,
-                device=device,
-            )
+            measure_rates(images[: args.batch_size], args.aa, args.seed, args.rounds, device)
 
 
 if __name__ == '__main__':

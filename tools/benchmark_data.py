@@ -43,7 +43,7 @@ from pipeline.transforms import build_transform
 from utils import InputError, UsageError, one_line
 
 CONTEXT = multiprocessing.get_context('fork')
-IMAGE_FOLDER = 'ImageFolder'
+KINDS = ('ImageFolder', 'files', 'LMDB')
 
 
 def get_args_parser() -> FlagParser:
@@ -96,7 +96,7 @@ def rate(item: Callable[[int], Any], images: int, processes: int) -> float:
     return images / max(answers)
 
 
-def speed(folder: Path, *, input_size: int, images: int | None, rounds: int, workers: Sequence[int]) -> None:
+def speed(folder: Path, input_size: int, images: int | None, rounds: int, workers: Sequence[int]) -> None:
     """Prints the table of rates.
 
     Raises:
@@ -135,35 +135,20 @@ def speed(folder: Path, *, input_size: int, images: int | None, rounds: int, wor
         full_records = ImageFolderLMDB(path, transform)
         for image_folder in (raw, plain, full):
             image_folder.samples = list(files.samples)  # the same images, in the same order
-        ways: dict[str, dict[str, Callable[[int], Any]]] = {
-            'raw bytes': {
-                IMAGE_FOLDER: raw.__getitem__,
-                'files': files.raw,
-                'LMDB': records._raw,  # as the decoder reads them, without a copy
-            },
-            'decoded': {
-                IMAGE_FOLDER: plain.__getitem__,
-                'files': files.__getitem__,
-                'LMDB': records.__getitem__,
-            },
-            f'training transform, {input_size} px': {
-                IMAGE_FOLDER: full.__getitem__,
-                'files': full_files.__getitem__,
-                'LMDB': full_records.__getitem__,
-            },
-        }
+        ways: dict[str, tuple[Callable[[int], Any], ...]] = {  # by KINDS; LMDB's bytes as the decoder reads them
+            'raw bytes': (raw.__getitem__, files.raw, records._raw),
+            'decoded': (plain.__getitem__, files.__getitem__, records.__getitem__),
+            f'training transform, {input_size} px': (
+                full.__getitem__, full_files.__getitem__, full_records.__getitem__
+            ),
+        }  # fmt: skip
         print('| | processes | from | images/s | per core | ratio |\n|---|---|---|---|---|---|')
         for title, functions in ways.items():
             for processes in workers:
-                found: dict[str, list[float]] = {name: [] for name in functions}
-                for _ in range(rounds):
-                    for name, function in functions.items():
-                        found[name].append(rate(function, images, processes))
-                for name, values in found.items():
-                    middle = statistics.median(values)
-                    ratio = statistics.median(
-                        value / base for value, base in zip(values, found[IMAGE_FOLDER], strict=True)
-                    )
+                found = [[rate(function, images, processes) for function in functions] for _ in range(rounds)]
+                for number, name in enumerate(KINDS):
+                    middle = statistics.median(rates[number] for rates in found)
+                    ratio = statistics.median(rates[number] / rates[0] for rates in found)
                     row = (title, processes, name, f'{middle:,.0f}', f'{middle / processes:,.0f}', f'{ratio:.2f}')
                     print('|', ' | '.join(map(str, row)), '|', flush=True)
 
@@ -229,23 +214,19 @@ def memory(images: int) -> None:
         for count in (min(10000, images), images):
             folder, path = root / str(count), root / f'{count}.lmdb'
             in_process(write_synthetic, folder, count, path)
-            ways = {
-                IMAGE_FOLDER: partial(ImageFolder, str(folder)),
-                'files': partial(synthetic_files, folder, count),
-                'LMDB': partial(ImageFolderLMDB, path),
-            }
-            rows += [(name, count, *held) for name, make in ways.items() for held in in_process(read_at_random, make)]
+            ways = (
+                partial(ImageFolder, str(folder)), partial(synthetic_files, folder, count),
+                partial(ImageFolderLMDB, path)
+            )  # fmt: skip
+            for name, make in zip(KINDS, ways, strict=True):
+                rows += [(name, count, *held) for held in in_process(read_at_random, make)]
     print('| from | images | resident, MiB | of that, pages of files | of that, its own |\n|---|---|---|---|---|')
     for name, count, *held in rows:
         print(f'| {name} | {count:,} | ' + ' | '.join(f'{value:.0f}' for value in held) + ' |')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program.
-
-    Raises:
-        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
-    """
+    """Runs the program; `one_line_errors` says how it ends."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     with one_line_errors('benchmark_data.py'):
@@ -256,13 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.folder is None:
             parser.error('speed needs a FOLDER')
         else:
-            speed(
-                Path(args.folder),
-                input_size=args.input_size,
-                images=args.images,
-                rounds=args.rounds,
-                workers=args.workers,
-            )
+            speed(Path(args.folder), args.input_size, args.images, args.rounds, args.workers)
 
 
 if __name__ == '__main__':

@@ -240,11 +240,7 @@ def export(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program.
-
-    Raises:
-        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
-    """
+    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors(PROGRAM):
         out = Path(args.out)

@@ -60,6 +60,7 @@ def get_args_parser() -> FlagParser:
     parser.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
     parser.add_argument('--amp', choices=PRECISIONS, help="mixed precision; the run's by default")
     parser.add_argument('--ema', action='store_true', help='use the moving average of the weights')
+    parser.add_argument('--tta', action='store_true', help='mean logits of each image and its mirror image')
     parser.add_argument('--model', help="a name of timm's registry, where the checkpoint says none")
     parser.add_argument('--input-size', type=FROM_ONE, help="pixels, in place of the checkpoint's")
     return parser
@@ -249,6 +250,7 @@ def predict(
     device: torch.device,
     amp_dtype: torch.dtype | None,
     topk: int,
+    tta: bool = False,
     path: Callable[[int], str],
     complain: Callable[[str], None],
 ) -> Iterator[list[Row]]:
@@ -257,6 +259,7 @@ def predict(
     Args:
         loader: gives `Batch`es.
         classes: the names of the logits.
+        tta: take the mean logits of each image and its mirror image.
         path: of an image, by its number.
         complain: called with a line for each bad image.
     """
@@ -266,8 +269,11 @@ def predict(
         if not numbers:
             continue
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(images.to(device, non_blocking=True))
-        found = logits.float().softmax(dim=1).topk(topk)
+            images = images.to(device, non_blocking=True)
+            logits = model(images).float()
+            if tta:
+                logits = (logits + model(images.flip(-1)).float()) / 2
+        found = logits.softmax(dim=1).topk(topk)
         yield [
             (path(number), [classes[index] for index in indices], values)
             for number, indices, values in zip(numbers, found.indices.tolist(), found.values.tolist(), strict=True)
@@ -275,11 +281,7 @@ def predict(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program.
-
-    Raises:
-        SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
-    """
+    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors(PROGRAM), no_children_left():
         process = find_process({})
@@ -316,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             nonlocal written
             write = WRITERS[kind](file, topk)
             batches = predict(model, loader, settings.classes, device=device, amp_dtype=amp_dtype, topk=topk,
-                              path=inputs.path, complain=complain)  # fmt: skip
+                              tta=args.tta, path=inputs.path, complain=complain)  # fmt: skip
             with tqdm(total=len(inputs), unit=' images', disable=None, leave=False) as bar:
                 for rows in batches:
                     for row in rows:
@@ -353,9 +355,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less') from None
         seconds = time.perf_counter() - began
         where = f' to {args.out}' if args.out else ''
+        mirrored = ', with mirror images' if args.tta else ''
         say(
             f'{written} images{where}, {skipped} skipped, in {seconds:.1f} s: {written / seconds:.0f} images/s, '
-            f'{amp_name(amp_dtype)} on {device}, {settings.name} at {settings.input_size} px'
+            f'{amp_name(amp_dtype)} on {device}, {settings.name} at {settings.input_size} px{mirrored}'
         )
 
 
