@@ -208,7 +208,8 @@ def test_environment_check_reads_all_requirements() -> None:
         import tomllib  # Python 3.11
 
         project = tomllib.loads(text)['project']
-        assert found == project['dependencies'] + project['optional-dependencies']['check']
+        groups = project['optional-dependencies']
+        assert found == project['dependencies'] + groups['train'] + groups['check']
     assert check_env.unmet(found) == []
     assert check_env.unmet(['torch>=99', 'no-such-package']) == [
         f'torch>=99 is needed, {check_env.metadata.version("torch")} is installed',
