@@ -5,7 +5,6 @@ The format, and the data set that reads it, are in pipeline/lmdb_dataset.py.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -138,7 +137,8 @@ def _forget_locks() -> None:
     _locked.clear()
 
 
-os.register_at_fork(after_in_child=_forget_locks)
+if hasattr(os, 'register_at_fork'):  # not on Windows, which neither forks nor has these locks
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 @contextmanager
@@ -153,11 +153,13 @@ def _partial_file(path: Path) -> Iterator[Path]:
     _locked.add(descriptor)
     try:
         try:
+            import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f'another process is writing {partial}: wait for it, or stop it') from None
-        except OSError:
-            pass  # some network file systems have no locks
+        except (OSError, ImportError):
+            pass  # some network file systems have no locks, nor has Windows
         if not (partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())):
             raise InputError(f'another process has just written {path}')
         try:
@@ -172,11 +174,12 @@ def _partial_file(path: Path) -> Iterator[Path]:
     finally:
         _locked.discard(descriptor)
         os.close(descriptor)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if os.name != 'nt':  # which opens no folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_lmdb(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 
 USE = """
 import sys
@@ -75,3 +75,28 @@ def test_the_models_import_nothing_else() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [str(node.module)]
             assert {name.partition('.')[0] for name in names} <= allowed, path
+
+
+HIDDEN = """
+import os, signal, sys
+import torch, timm.data, multiprocessing.util, subprocess, pyarrow, lmdb, sklearn.datasets
+sys.modules['fcntl'] = None
+for module, names in ((signal, 'SIGHUP SIGUSR1 SIGALRM SIGCHLD setitimer ITIMER_REAL'),
+                      (os, 'register_at_fork sched_getaffinity')):
+    for name in names.split():
+        delattr(module, name)
+import folder2lmdb, main  # after the libraries, which know what the system has
+line = main.main(sys.argv[1:])
+"""
+
+
+def test_a_system_without_locks_and_signals(tmp_path: Path) -> None:
+    """As on Windows: no fcntl, no SIGHUP, SIGUSR1, SIGALRM, no fork to register for. The run trains, and says so."""
+    argv = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--train-fraction', '0.05', '--batch-size', '32']
+    argv += ['--epochs', '1', '--output_dir', str(tmp_path / 'out'), '--num_workers', '0']
+    done = subprocess.run(
+        [sys.executable, '-c', HIDDEN, *argv],
+        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    assert 'Note: this system has no file locks' in done.stdout and (tmp_path / 'out' / 'checkpoint.pth').exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -21,6 +20,11 @@ from torch import Tensor
 from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT, PREVIOUS
 from utils import InputError, is_main_process, log, one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def holds_run(folder: Path) -> bool:
@@ -170,6 +174,9 @@ class OutputFolder:
             ckpt.remove_temporary(self.path)
 
     def _take_lock(self, path: Path) -> None:
+        if fcntl is None:
+            log(f'Note: this system has no file locks: nothing keeps a second process from writing to {self.path}')
+            return
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
