@@ -29,6 +29,19 @@ LAYOUT_FLAGS = ('data_layout', 'inat_category', 'use_lmdb')
 EVIT_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
 TEACHER_FLAGS = ('distillation_alpha', 'distillation_tau', 'teacher_model', 'teacher_path')
 
+EXAMPLES = """examples:
+  train on digits, a minute on two CPU cores (run_code.sh has the published recipes):
+    bash run_code.sh digits
+  the same run with another seed:
+    python main.py -c output/digits/args.yaml --seed 1 --output_dir output/digits-1
+  go on from its newest checkpoint:
+    python main.py -c output/digits/args.yaml --auto-resume
+  evaluate its best weights:
+    python main.py --eval --resume output/digits/best_checkpoint.pth
+  fine-tune them on your own images, in data/shapes/train/CLASS/ and data/shapes/val/CLASS/:
+    python main.py --finetune output/digits --data-set FOLDER --data-path data/shapes --input-size 16 --train-mode
+"""
+
 
 def _key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
@@ -58,11 +71,12 @@ def _interval(text: str) -> tuple[str, float]:
 
 def get_args_parser() -> FlagParser:
     """The flags. Names, meanings and defaults are the published code's; docs/differences.md lists the exceptions."""
-    parser = FlagParser('main.py', description='Train, fine-tune and evaluate DHVT, DeiT and EViT.')
+    parser = FlagParser('main.py', description='Train, fine-tune and evaluate DHVT, DeiT and EViT.', epilog=EXAMPLES)
     switch = argparse.BooleanOptionalAction
-    parser.add_argument('--batch-size', default=64, type=FROM_ONE, help='images for each process and step')
-    parser.add_argument('--epochs', default=300, type=FROM_ONE, help='length of training and of the schedule')
-    parser.add_argument('--accum-steps', default=1, type=FROM_ONE, help='batches for each optimizer step')
+    group = parser.add_argument_group('length and batches')
+    group.add_argument('--batch-size', default=64, type=FROM_ONE, help='images for each process and step')
+    group.add_argument('--epochs', default=300, type=FROM_ONE, help='length of training and of the schedule')
+    group.add_argument('--accum-steps', default=1, type=FROM_ONE, help='batches for each optimizer step')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='dhvt_small_imagenet_patch16', help="a name of timm's registry")
@@ -179,6 +193,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--pin-mem', action=switch, default=True, help='pin batches in host memory for GPUs')
 
     group = parser.add_argument_group('run')
+    group.add_argument('-c', '--config', default=argparse.SUPPRESS, metavar='FILE', help="flags from a YAML file, such "
+                       "as a run's args.yaml; those of the command line win")  # fmt: skip
     group.add_argument('--output_dir', default='', help='folder for checkpoints and logs; none by default')
     group.add_argument(
         '--finetune',
@@ -237,20 +253,33 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def stored_flags(stored: Mapping[str, Any], names: Sequence[str] = RECALLED_FLAGS) -> list[str]:
-    """The recalled flags of a run as they would be typed, so that the parser checks them like any others."""
+def stored_flags(
+    stored: Mapping[str, Any], names: Sequence[str] = RECALLED_FLAGS, source: str = 'the checkpoint'
+) -> list[str]:
+    """Some flags of a run as they would be typed, so that the parser checks them like any others.
+
+    Raises:
+        InputError: for a value that would be taken for more than a flag's value.
+    """
     flags: list[str] = []
     for name in names:
         value = stored.get(name)
-        if name == 'model_kwargs' and value is not None:
-            try:
-                flags += [f'--{name}', *(f'{key}={setting!r}' for key, setting in value)]
-            except (TypeError, ValueError):
-                raise InputError(
-                    f'the checkpoint has {value!r:.40} as model_kwargs: it is not of this program'
-                ) from None
-        elif isinstance(value, (list, tuple)):
-            flags += [f'--{name}', *map(str, value)]
+        words: list[str] | None = None
+        try:
+            if name == 'model_kwargs' and value is not None:
+                pairs = value.items() if isinstance(value, Mapping) else value
+                words = [f'{key}={setting!r}' for key, setting in pairs]
+            elif name == 'checkpoint_every' and isinstance(value, (list, tuple)):
+                kind, amount = value
+                words = [f'{amount:.9g}m' if kind == 'minutes' else f'{amount:.0f}']
+            elif isinstance(value, (list, tuple)):
+                words = [str(item) for item in value]
+        except (TypeError, ValueError):
+            words = ['-']
+        if words is not None:
+            if any(word.startswith('-') for word in words):
+                raise InputError(f'{source} has {value!r:.40} as {name}: it is not of this program')
+            flags += [f'--{name}', *words]
         elif isinstance(value, bool):
             flags.append(f'--{name}' if value else f'--no-{name}')
         elif value is not None:
@@ -268,18 +297,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
     Raises:
         UsageError: for flags that contradict each other.
-        InputError: if `--eval --resume FILE` cannot read its file.
+        InputError: if `--eval --resume FILE` or `-c FILE` cannot read its file.
     """
     parser = get_args_parser()
-    args = parser.parse_args(argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(typed)
+    if 'config' in args:
+        settings = parser.settings_of(args.config)
+        typed = [*stored_flags(settings, tuple(settings), args.config), *typed]
+        args = parser.parse_args(typed)
     if args.start_epoch and args.resume:
         raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
-    typed = sys.argv[1:] if argv is None else argv
     check_args(args)
     recalled = recalled_flags(args, {arg.partition('=')[0].replace('_', '-') for arg in typed})
     if recalled:
         args = parser.parse_args([*recalled, *typed])
         check_args(args)
+    vars(args).pop('config', None)  # what it said is in the others
     return args
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torchprofile import profile_macs
 
 
 @contextmanager
@@ -27,6 +26,8 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
 
 def count_macs(model: nn.Module, image_size: tuple[int, int, int]) -> int:
     """Multiply-adds of one image (C, H, W) by torchprofile's count, attention included."""
+    from torchprofile import profile_macs  # the models themselves do without it
+
     was_training = model.training
     model.eval()
     image = torch.zeros(1, *image_size, device=next(model.parameters()).device)

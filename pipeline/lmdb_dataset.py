@@ -168,7 +168,8 @@ def _close_copies() -> None:
     _stores.clear()
 
 
-os.register_at_fork(after_in_child=_close_copies)
+if hasattr(os, 'register_at_fork'):  # Windows does not fork
+    os.register_at_fork(after_in_child=_close_copies)
 
 
 def _open_store(path: Path, *, check_index: bool) -> _Store:

@@ -20,16 +20,17 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # which ask a run to stop
+# Which ask a run to stop; Windows has two of them.
+SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGHUP') if hasattr(signal, name))
 
 
 @contextmanager
 def deadline(seconds: float, error: Callable[[], Exception]) -> Iterator[None]:
     """Raises an error in its body after so many seconds, also where that waits for another process without end.
 
-    Does nothing outside the main thread, which alone can be interrupted, and for 0 seconds.
+    Does nothing outside the main thread, which alone can be interrupted, for 0 seconds, and on Windows.
     """
-    if not seconds or threading.current_thread() is not threading.main_thread():
+    if not seconds or not hasattr(signal, 'setitimer') or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -111,8 +112,8 @@ def no_children_left() -> Iterator[None]:
         yield
     finally:
         children = multiprocessing.active_children()
-        handler = signal.getsignal(signal.SIGCHLD)
-        in_main_thread = threading.current_thread() is threading.main_thread()
+        in_main_thread = threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD')
+        handler = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
         if in_main_thread:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a failure
         for child in children:

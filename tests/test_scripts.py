@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ def script(name: str, *argv: str, expect: int = 0, cwd: Path = ROOT, **env: str)
 def flags_of(text: str) -> tuple[str, dict[str, Any]]:
     """The launcher part of the printed command, and the flags of main.py as its parser sees them."""
     launcher, _, flags = text.strip().splitlines()[-1].partition('main.py ')
-    return launcher, vars(parse_args(flags.split()))
+    return launcher, vars(parse_args(shlex.split(flags)))
 
 
 PAPER = {  # data set, input size, total batch of T and S, learning rate, warm-up, epochs
@@ -134,6 +137,41 @@ def test_default_and_further_flags() -> None:
     assert (flags['data_set'], flags['epochs'], flags['batch_size']) == ('DIGITS', 12, 64)
 
 
+def test_the_printed_command_can_be_pasted(tmp_path: Path) -> None:
+    """Arguments are quoted, and no flag is there twice, whatever its spelling."""
+    further = ['--epochs=3', '--warmup_epochs', '0', '--model-ema', '--model-kwargs', "x='a b'", '--no_repeated_aug']
+    further += ['-c', 'my flags.yaml', '--num_workers', '2', '--lr', '-1']
+    line = script('run_code.sh', 'digits', *further, OUTPUT='my out', DATA="it's").splitlines()[-1]
+    for expected in (further, ['--output_dir', 'my out'], ['--data-path', "it's"], ['--aa', 'none']):
+        assert f'\n{chr(10).join(expected)}\n' in f'\n{chr(10).join(shlex.split(line))}\n'
+    names = [word.partition('=')[0].replace('_', '-') for word in shlex.split(line) if re.match('-[^0-9]', word)]
+    names = [name.replace('--no-', '--') for name in names]
+    assert len(names) == len(set(names)) and '--epochs' in names
+    pasted = subprocess.run(['bash', '-c', f'printf "%s\\n" {line}'], capture_output=True, text=True, check=True)
+    assert pasted.stdout.splitlines() == shlex.split(line) and shlex.split(line)[0] == sys.executable
+
+
+def test_a_hang_up_does_not_end_a_group_under_nohup(tmp_path: Path) -> None:
+    """torchrun passes SIGHUP on by itself, though nohup has it ignored."""
+    argv = ['run_code.sh', 'digits', '--epochs', '2', '--device', 'cpu', '--no-report', '--train-fraction', '0.2']
+    argv += ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2']
+    assert '--signals-to-handle' not in script(*argv, NPROC='2')
+    env = {**os.environ, 'PYTHON': sys.executable, 'NPROC': '2', 'OUTPUT': str(tmp_path / 'out'), 'DRY_RUN': ''}
+    log = tmp_path / 'log'
+    with log.open('w') as file:
+        run = subprocess.Popen(
+            ['nohup', 'bash', str(ROOT / argv[0]), *argv[1:]], cwd=ROOT, env={**env, 'OMP_NUM_THREADS': '1'},
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while 'Epoch' not in log.read_text() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGHUP)
+        assert run.wait(timeout=90) == 0, log.read_text()
+    assert '--signals-to-handle SIGTERM\\,SIGINT\\,SIGQUIT' in log.read_text()
+    assert '2 processes on cpu' in log.read_text() and len((tmp_path / 'out' / 'log.txt').read_text().splitlines()) == 2
+
+
 def test_the_total_batch_does_not_depend_on_the_processes() -> None:
     for nproc, nnodes, accum in ((1, 1, 1), (4, 1, 1), (8, 2, 1), (4, 1, 2)):
         env = {'NPROC': str(nproc), 'NNODES': str(nnodes), 'ACCUM': str(accum), 'MASTER_ADDR': 'host0'}
@@ -171,7 +209,7 @@ def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:
     """A stand-in for srun starts two tasks as SLURM does; the job trains, and requeues where it was told to stop."""
     job = {'SLURM_JOB_ID': '7', 'SLURM_JOB_NUM_NODES': '2', 'SLURM_NTASKS_PER_NODE': '4', 'NPROC': ''}
     launcher, flags = flags_of(script('slurm.sh', 'cifar100', **job))
-    assert launcher.startswith('+ srun --kill-on-bad-exit=1 ') and flags['batch_size'] == 64
+    assert launcher.startswith('srun --kill-on-bad-exit=1 ') and flags['batch_size'] == 64
     make_checkpoint(tmp_path / 'a.pth')
     _, flags = flags_of(script('slurm.sh', 'finetune', str(tmp_path / 'a.pth'), 'cifar100', **job))
     assert flags['finetune'] == str(tmp_path / 'a.pth') and flags['batch_size'] == 32
@@ -208,7 +246,8 @@ def test_environment_check_reads_all_requirements() -> None:
         import tomllib  # Python 3.11
 
         project = tomllib.loads(text)['project']
-        assert found == project['dependencies'] + project['optional-dependencies']['check']
+        groups = project['optional-dependencies']
+        assert found == project['dependencies'] + groups['train'] + groups['check']
     assert check_env.unmet(found) == []
     assert check_env.unmet(['torch>=99', 'no-such-package']) == [
         f'torch>=99 is needed, {check_env.metadata.version("torch")} is installed',

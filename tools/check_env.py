@@ -1,7 +1,7 @@
 """Says whether this Python satisfies pyproject.toml: exit code 0 if it does, 1 and a line each for what does not.
 
-Runs without any package installed. Names after the command are optional groups that must be there too:
-`python tools/check_env.py check`.
+Asks for what training needs, and runs without any package installed. Names after the command are optional groups that
+must be there too: `python tools/check_env.py check`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 
 def required(pyproject: str, groups: list[str]) -> list[str]:
-    """The requirement strings of `dependencies` and of optional groups, one quoted string a line.
+    """The requirement strings of `dependencies`, `train` and further optional groups, one quoted string a line.
 
     Read without tomllib, which Python 3.10 has not.
     """
     lines: list[str] = []
-    for name in ['dependencies', *groups]:
+    for name in ['dependencies', 'train', *groups]:
         block = re.search(rf'^{name} = \[\n(.*?)^\]', pyproject, re.MULTILINE | re.DOTALL)
         if block is None:
             raise SystemExit(f'pyproject.toml has no list {name}')

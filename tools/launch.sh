@@ -62,11 +62,23 @@ data_flags() {
     data_path=${DATA:-$data_path}
 }
 
+# keep_last_of_each_flag: drops from flags those that come again later, in either spelling or as --no-…: the user's win.
+keep_last_of_each_flag() {
+    local i name kept=() seen=' ' end=${#flags[@]}
+    for ((i = end - 1; i >= 0; i--)); do
+        case ${flags[i]} in -[!0-9.]*) ;; *) continue ;; esac
+        name=${flags[i]%%=*} name=${name//_/-} name=${name/#--no-/--}
+        case $seen in *" $name "*) ;; *) kept=("${flags[@]:i:end-i}" "${kept[@]}") seen+="$name " ;; esac
+        end=$i
+    done
+    flags=("${kept[@]}")
+}
+
 # launch NAME MODEL TOTAL_BATCH FLAG…: trains with TOTAL_BATCH images a step, shared out over all processes.
 launch() {
     local name=$1 model=$2 total=$3
     shift 3
-    local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} restarts=${RESTARTS:-0} command gpus number
+    local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} restarts=${RESTARTS:-0} command gpus number line
     if [ -z "$nproc" ]; then
         gpus=$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))' 2> /dev/null || echo 1)
         nproc=$gpus
@@ -92,6 +104,8 @@ launch() {
         exit 2
     fi
     local torchrun=("$python" -m torch.distributed.run --nproc_per_node "$nproc" --max_restarts "$restarts")
+    # By default a hang-up ends torchrun's group, although nohup had it ignored.
+    [ -z "$(trap -p HUP)" ] || torchrun+=(--signals-to-handle SIGTERM,SIGINT,SIGQUIT)
     if [ "$LAUNCHER" = srun ]; then
         command=(srun --kill-on-bad-exit=1 "$python") # slurm.sh: a task for each process
     elif [ $((nproc * nnodes)) -eq 1 ] && [ "$restarts" -eq 0 ]; then
@@ -106,16 +120,19 @@ launch() {
         command=("${torchrun[@]}" --nnodes "$nnodes" --rdzv_id "$name" --rdzv_backend c10d
             --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}")
     fi
-    command+=("$root/main.py")
-    [ -z "$model" ] || command+=(--model "$model")
-    command+=(--batch-size $((total / parts)) --accum-steps "$accum" --dist-eval
+    local flags=(--batch-size $((total / parts)) --accum-steps "$accum" --dist-eval
         --data-set "$data_set" --output_dir "${OUTPUT:-output/$name}" --auto-resume --checkpoint-every 10m)
-    [ -z "$data_path" ] || command+=(--data-path "$data_path")
-    command+=("$@")
-    echo "+ ${command[*]}"
+    [ -z "$model" ] || flags=(--model "$model" "${flags[@]}")
+    [ -z "$data_path" ] || flags+=(--data-path "$data_path")
+    flags+=("$@")
+    keep_last_of_each_flag
+    command+=("$root/main.py" "${flags[@]}")
+    line=$(printf ' %q' "${command[@]}")
     if [ -n "$DRY_RUN" ]; then
+        echo "${line# }" # to be pasted
         return
     fi
+    echo "+$line"
     if [ "$nproc" -gt 1 ] && [ -z "$OMP_NUM_THREADS" ]; then
         OMP_NUM_THREADS=$("$python" -c "import os; print(max(os.cpu_count() // $nproc, 1))")
         export OMP_NUM_THREADS

@@ -40,13 +40,13 @@ MOST_VALUES, MOST_DEPTH, MOST_BITS = 2_000_000, 20, 64
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts a folder's names on the disk, where its file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
+    """Puts a folder's names on the disk, where its file system can; Windows opens no folders."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _keep(path: Path, previous: Path) -> None:

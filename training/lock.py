@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from training.checkpoint import remove_temporary
-from utils import InputError
+from utils import InputError, log
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = '.lock'
 
@@ -21,6 +25,9 @@ def take_lock(folder: Path) -> int:
         InputError: if another process has it.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    if fcntl is None:
+        log(f'Note: this system has no file locks: nothing keeps a second process from writing to {folder}')
+        return descriptor
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
     except (BlockingIOError, PermissionError):

@@ -186,7 +186,7 @@ class OutputFolder:
             self._export.parent.mkdir(parents=True, exist_ok=True)
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._folder = os.open(self.path, os.O_RDONLY)
+            self._folder = os.open(self.path, os.O_RDONLY) if os.name != 'nt' else None  # which opens no folders
             self._lock = take_lock(self.path)
             ckpt.remove_temporary(self.path)
 

@@ -180,7 +180,7 @@ class Run:
         try:
             self.output.close()
         finally:
-            if number == signal.SIGUSR1 and is_main_process():
+            if name == 'SIGUSR1' and is_main_process():
                 requeue()
         barrier()  # a launcher ends all processes once one of them is gone
         raise Interrupted(number, f'{name} {where}: a checkpoint is written; --auto-resume goes on from it')

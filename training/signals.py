@@ -53,7 +53,7 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        wanted = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        wanted = [number for number in SIGNALS if number.name != 'SIGHUP' or signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in wanted}  # nohup's SIGHUP stays ignored
         try:
             yield
