@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config.errors import one_line_errors
-from config.flags import FlagParser, add_data_flags, usable_workers
+from config.flags import FROM_ONE, FlagParser, add_data_flags, usable_workers
 from datasets import DataSource, Splits, build_datasets
-from pipeline.images import ImageDataset, explain_error
+from pipeline.images import ImageDataset, explain_error, shrink
 from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, TABLE, VERSION, ImageFolderLMDB, _key
 from pipeline.workers import end_with_parent
 from training.checkpoint import write_file
@@ -43,10 +43,15 @@ GROWTH = 256 * 2**20  # bytes by which the map grows at least
 
 
 class _Chunks(Dataset[tuple[list[bytes], list[int]]]):
-    """A data set's files, a chunk of them at a time, with their checksums."""
+    """A data set's files, a chunk of them at a time, with their checksums.
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    Args:
+        max_size: pixels of the shorter side, to which larger images are made smaller.
+    """
+
+    def __init__(self, dataset: ImageDataset, max_size: int | None = None) -> None:
         self.dataset = dataset
+        self.max_size = max_size
         sample = range(0, len(dataset), max(len(dataset) // 64, 1))
         mean = sum(map(dataset.file_size, sample)) / max(len(sample), 1)
         self.size = int(min(max(CHUNK_BYTES / max(mean, 1), 1), CHUNK_IMAGES))  # images
@@ -61,7 +66,8 @@ class _Chunks(Dataset[tuple[list[bytes], list[int]]]):
         files = []
         for number in self._numbers(chunk):
             try:
-                files.append(self.dataset.raw(number))
+                file = self.dataset.raw(number)
+                files.append(file if self.max_size is None else shrink(file, self.max_size))
             except (OSError, ValueError, MemoryError) as err:
                 raise InputError(f'{self.dataset.path(number)}: {explain_error(err)}') from None
         return files, [zlib.crc32(file) for file in files]
@@ -124,14 +130,21 @@ def _put(env: lmdb.Environment, records: Sequence[tuple[bytes, bytes]]) -> None:
 
 
 def write_lmdb(
-    dataset: ImageDataset, path: Path, *, data_set: str, inat_category: str | None = None, workers: int = 2
+    dataset: ImageDataset,
+    path: Path,
+    *,
+    data_set: str,
+    inat_category: str | None = None,
+    max_size: int | None = None,
+    workers: int = 2,
 ) -> None:
     """Writes the files of a data set into an LMDB file, which appears when it is complete and on the disk.
 
     Args:
-        dataset: of any kind; its images are not decoded.
+        dataset: of any kind; its images are not decoded, unless there is a `max_size`.
         path: of the file, replaced if it is there.
         data_set, inat_category: what it is, for its readers.
+        max_size: pixels of the shorter side, to which larger images are made smaller.
         workers: reader processes beside this one, which writes.
 
     Raises:
@@ -151,7 +164,7 @@ def write_lmdb(
             lmdb.open(file.name, subdir=False, lock=False, map_size=GROWTH, sync=False, meminit=False) as env,
             tqdm(total=len(dataset), desc=path.name, unit=' images') as bar,
         ):
-            for files, sums in _read(_Chunks(dataset), workers):
+            for files, sums in _read(_Chunks(dataset, max_size), workers):
                 records += zip(map(_key, range(len(sizes), len(sizes) + len(files))), files, strict=True)
                 sizes += map(len, files)
                 checksums += sums
@@ -161,7 +174,8 @@ def write_lmdb(
                     records, waiting = [], 0
                 bar.update(len(files))
                 check_interrupt()
-            _put(env, [*records, *_describe(dataset, sizes, checksums, data_set, inat_category)])
+            described = {'data_set': data_set, 'inat_category': inat_category, 'max_size': max_size}
+            _put(env, [*records, *_describe(dataset, sizes, checksums, described)])
             env.sync(True)
         check_interrupt()
 
@@ -179,7 +193,7 @@ def write_lmdb(
 
 
 def _describe(
-    dataset: ImageDataset, sizes: list[int], checksums: list[int], data_set: str, inat_category: str | None
+    dataset: ImageDataset, sizes: list[int], checksums: list[int], described: dict[str, Any]
 ) -> list[tuple[bytes, bytes]]:
     """The records of the header and the index."""
     paths = [os.fsencode(dataset.name(i)) for i in range(len(dataset))]
@@ -193,18 +207,20 @@ def _describe(
         'format': FORMAT,
         'version': VERSION,
         'images': len(dataset),
-        'data_set': data_set,
-        'inat_category': inat_category,
         'index_crc32': zlib.crc32(index),
+        **described,
     }
     return [(HEADER, json.dumps(header).encode()), (INDEX, index)]
 
 
-def same_images(dataset: ImageDataset, other: ImageDataset) -> bool:
-    """Whether two data sets have the same paths, sizes of files, labels and classes in the same order."""
+def same_images(dataset: ImageDataset, other: ImageFolderLMDB) -> bool:
+    """Whether a file has a data set's paths, labels and classes in the same order, and files of the same sizes.
+
+    The sizes are not compared where the file's images were made smaller.
+    """
 
     def same(i: int) -> bool:
-        one, two = ((d.name(i), d.file_size(i), d.target(i)) for d in (dataset, other))
+        one, two = ((d.name(i), d.target(i), other.max_size or d.file_size(i)) for d in (dataset, other))
         return one == two
 
     return len(dataset) == len(other) and dataset.classes == other.classes and all(map(same, range(len(dataset))))
@@ -241,6 +257,8 @@ def get_args_parser() -> FlagParser:
     parser = FlagParser('folder2lmdb.py', description='Write train.lmdb and val.lmdb, for main.py --use-lmdb.')
     parser.add_argument('--dir', type=os.path.abspath, help="the data set's folder, as main.py's --data-path")
     parser.add_argument('--out', type=os.path.abspath, help='folder of the LMDB files; --dir by default')
+    parser.add_argument('--max-size', type=FROM_ONE, metavar='PIXELS', help='make larger images smaller, to so many '
+                        'pixels of the shorter side, as JPEGs of quality 95: faster to read, other pixels')  # fmt: skip
     parser.add_argument('--overwrite', action='store_true', help='replace LMDB files of other images')
     parser.add_argument('--check', nargs='+', metavar='FILE', help='check LMDB files instead: counts, checksums, '
                         'and that every image decodes')  # fmt: skip
@@ -248,10 +266,11 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def build(
-    splits: Splits, folder: Path, *, data_set: str, inat_category: str | None, overwrite: bool, workers: int
-) -> None:
+def build(splits: Splits, folder: Path, *, overwrite: bool, workers: int, **described: Any) -> None:
     """Writes both splits; a file that has a split's images already is kept.
+
+    Args:
+        described: `data_set`, `inat_category` and `max_size`, as for `write_lmdb`.
 
     Raises:
         InputError: if a file has other images and `overwrite` is not set, or something cannot be read or written.
@@ -263,7 +282,8 @@ def build(
         path = folder / f'{split}.lmdb'
         if path.exists() and not overwrite:
             stored = ImageFolderLMDB(path)  # whose errors name --overwrite
-            if (stored.data_set, stored.inat_category) != (data_set, inat_category) or not same_images(dataset, stored):
+            same = all(getattr(stored, name) == value for name, value in described.items())
+            if not same or not same_images(dataset, stored):
                 raise InputError(
                     f'{path} exists and holds other images ({stored.data_set}): '
                     'give another folder with --out, or replace it with --overwrite'
@@ -274,7 +294,7 @@ def build(
     if jobs:
         with writing_to(folder):
             for dataset, path in jobs:
-                write_lmdb(dataset, path, data_set=data_set, inat_category=inat_category, workers=workers)
+                write_lmdb(dataset, path, workers=workers, **described)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -293,7 +313,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for note in splits.notes:
             print(f'Note: {note}')
         out = Path(args.out or args.dir)
-        build(splits, out, data_set=args.data_set, inat_category=category, overwrite=args.overwrite, workers=workers)
+        described = {'data_set': args.data_set, 'inat_category': category, 'max_size': args.max_size}
+        build(splits, out, overwrite=args.overwrite, workers=workers, **described)
 
 
 if __name__ == '__main__':

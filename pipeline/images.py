@@ -101,6 +101,22 @@ def decode(data: bytes | memoryview) -> Image.Image:
         raise ValueError(explain_error(err)) from None
 
 
+def shrink(data: bytes, size: int) -> bytes:
+    """An image file's bytes, or those of a JPEG of quality 95 whose shorter side has `size` pixels if it has more.
+
+    Raises:
+        ValueError: with the reason, if it cannot be decoded.
+    """
+    image = decode(data)
+    shorter = min(image.size)
+    if shorter <= size:
+        return data
+    width, height = (round(side * size / shorter) for side in image.size)
+    file = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=95)
+    return file.getvalue()
+
+
 def pack_names(names: Iterable[str]) -> np.ndarray:
     """File names as an array of bytes, for `os.fsdecode`.
 

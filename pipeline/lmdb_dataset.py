@@ -5,7 +5,7 @@ Format, version 1. An LMDB database in a single file, whose keys are, in this or
 | key | value |
 |---|---|
 | 8 bytes, the image's number from 0 on, big-endian | the bytes of the image's file, unchanged |
-| `header` | JSON: `format` ("image records"), `version`, `images` (their count), `data_set` and `inat_category` (of datasets.py), `index_crc32` |
+| `header` | JSON: `format` ("image records"), `version`, `images` (their count), `data_set` and `inat_category` (of datasets.py), `max_size` (pixels, or null), `index_crc32` |
 | `index` | one Arrow table in IPC stream format |
 
 The table has a row for each image: `path` (large_binary: relative, with slashes), `label` (int32), `size` (int64, bytes)
@@ -142,6 +142,9 @@ class _Store:
                 f"{REBUILD}, or use the program's version that wrote it"
             )
         kinds: dict[str, Any] = {'images': int, 'data_set': str, 'inat_category': (str, type(None)), 'index_crc32': int}
+        if version is not None:
+            header.setdefault('max_size', None)  # which files of before it have not
+            kinds['max_size'] = (int, type(None))
         if version is None or not all(isinstance(header.get(name, 0.0), kind) for name, kind in kinds.items()):
             raise InputError(f'{path} has a damaged header: {REBUILD}')
         return header
@@ -245,6 +248,7 @@ class ImageFolderLMDB(ImageDataset):
         self._build = store.header['index_crc32']
         self.data_set: str = store.header['data_set']
         self.inat_category: str | None = store.header['inat_category']
+        self.max_size: int | None = store.header['max_size']
         super().__init__(None, store.classes, transform, on_bad_image=on_bad_image)
 
     def _open(self) -> _Store:
@@ -258,6 +262,9 @@ class ImageFolderLMDB(ImageDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_store': None}
+
+    def _content(self) -> bytes:
+        return b'' if self.max_size is None else f'{self.max_size} px'.encode()
 
     def _labels(self) -> np.ndarray:
         return self._open().labels

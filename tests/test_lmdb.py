@@ -639,3 +639,25 @@ def test_the_map_grows(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch)
     build(root)
     assert (root / 'train.lmdb').stat().st_size > 200000
     assert_same(root, 'FOLDER')
+
+
+def test_smaller_images(make_folder: MakeFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--max-size makes large images smaller, and leaves others as they are; such a file is another data set."""
+    root = make_folder({'train': ['a'], 'val': ['a']}, images=2, size=40)
+    Image.new('RGB', (300, 200), 'red').save(root / 'train' / 'a' / '0.jpg')
+    out = tmp_path / 'small'
+    argv = ['--dir', str(root), '--num_workers', '0', '--out', str(out), '--max-size', '64']
+    folder2lmdb.main(argv)
+    files = build_datasets(DataSource('FOLDER', str(root))).train
+    small = build_datasets(DataSource('FOLDER', str(out), use_lmdb=True)).train
+    assert files is not None and small is not None
+    assert small.load(0).size == (96, 64) and small.raw(1) == files.raw(1)
+    assert np.abs(np.asarray(small.load(0), int) - np.asarray(files.load(0).resize((96, 64)), int)).max() <= 4
+    assert small.fingerprint() != files.fingerprint()
+    folder2lmdb.main(['--check', str(out / 'train.lmdb')])
+    assert 'every image decodes' in capsys.readouterr().out
+    folder2lmdb.main(argv)
+    assert 'complete, kept' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        folder2lmdb.main(argv[:-2])
+    assert 'holds other images' in capsys.readouterr().err
