@@ -56,10 +56,12 @@ def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
     compiler = sys.modules.get('torch._dynamo.exc')  # not loaded where nothing is compiled
     if compiler is not None and isinstance(err, compiler.TorchDynamoException):
         return InputError(f'--compile {args.compile} failed: {one_line(err)}; go on with --compile off')
-    if isinstance(err, torch.OutOfMemoryError):
-        return InputError(
-            'out of GPU memory: lower --batch-size, and raise --accum-steps to keep the total; or lower --cache-gib'
-        )
+    if isinstance(err, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        where = 'GPU memory' if isinstance(err, torch.OutOfMemoryError) else 'memory'
+        smaller = f'--batch-size {args.batch_size // 2} --accum-steps {2 * args.accum_steps} has the same total batch'
+        hint = 'lower --batch-size' if args.batch_size % 2 else smaller
+        further = '' if args.grad_checkpointing else '--grad-checkpointing or '
+        return InputError(f'out of {where}: {hint}; {further}a lower --cache-gib needs less too')
     if 'more than 1 value per channel' in text:
         return UsageError('BatchNorm needs more than one value for each channel: raise --batch-size')
     if 'DataLoader timed out' in text:

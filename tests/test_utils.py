@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from config.arguments import parse_args
+from config.errors import explain
 from training import distributed
 from training.devices import find_amp_dtype, find_device
 from training.distributed import Process, _slurm_rendezvous, find_process
@@ -134,3 +136,29 @@ def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], mon
 
 def test_seconds() -> None:
     assert [format_seconds(s) for s in (0.4, 61, 3599.6, 90000)] == ['0:00:00', '0:01:01', '1:00:00', '25:00:00']
+
+
+@pytest.mark.parametrize(
+    ('error', 'flags', 'words'),
+    [
+        (
+            torch.OutOfMemoryError('CUDA out of memory'),
+            [],
+            'out of GPU memory: --batch-size 32 --accum-steps 2 has the',
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            ['--batch-size', '6', '--accum-steps', '3', '--grad-checkpointing'],
+            'out of memory: --batch-size 3 --accum-steps 6 has the same total batch; a lower --cache-gib',
+        ),
+        (
+            torch.OutOfMemoryError('x'),
+            ['--batch-size', '3', '--mixup', '0', '--cutmix', '0'],
+            'lower --batch-size; --grad',
+        ),
+        (RuntimeError('size mismatch'), [], ''),
+    ],
+)
+def test_memory_errors_name_the_next_smaller_setting(error: Exception, flags: list[str], words: str) -> None:
+    reason = explain(error, parse_args(flags))
+    assert (words in str(reason)) if words else reason is None
