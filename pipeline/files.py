@@ -75,12 +75,12 @@ class Found(NamedTuple):
     Args:
         images: the names of the images in each folder that has some, sorted; '' is the folder itself.
         special: paths that end as images do and are no files, each with what it is.
-        others: how many files there are of each ending that no image has.
+        others: the endings of the other files in each folder that has some.
     """
 
     images: dict[str, list[str]]
     special: list[str]
-    others: Counter[str]
+    others: dict[str, list[str]]
 
 
 def walk(root: str | Path, fail: Callable[[OSError], object]) -> Found:
@@ -92,7 +92,7 @@ def walk(root: str | Path, fail: Callable[[OSError], object]) -> Found:
         fail: called with the error of a folder that cannot be read, which is then left out.
     """
     extensions = image_extensions()
-    found = Found({}, [], Counter())
+    found = Found({}, [], {})
     seen: set[tuple[int, int]] = set()
     pending = deque([''])  # folders; those behind links come last
     while pending:
@@ -117,7 +117,8 @@ def walk(root: str | Path, fail: Callable[[OSError], object]) -> Found:
                 path = f'{folder}/{entry.name}' if folder else entry.name
                 (pending if entry.is_symlink() else below).append(path)
             if ending not in extensions:
-                found.others[ending] += not kind
+                if not kind:
+                    found.others.setdefault(folder, []).append(ending)
             elif kind:
                 found.special.append(f'{entry.path} ({kind})')
             else:
@@ -136,7 +137,7 @@ def note_special(where: str | Path, special: list[str]) -> list[str]:
 def note_left_out(where: str | Path, found: Iterable[Found]) -> list[str]:
     """Notes on what walks left out, if anything: one on special files, one on files with other endings."""
     found = list(found)
-    others = sum((part.others for part in found), Counter())
+    others = Counter(ending for part in found for endings in part.others.values() for ending in endings)
     endings = [ending or 'without an ending' for ending, _ in others.most_common()]
     number = others.total()
     notes = [f'{where}: {number} file{"s" * (number > 1)} left out: {shorten(endings)}'] if number else []

@@ -114,6 +114,8 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     splits = {}
     for split in needed:
         folder = folders[split]
+        if not rows[split]:
+            raise InputError(f'{root / folder} holds no images (file names must end in .jpg, .png, …)')
         paths, labels = zip(*((f'{folder}/{path}', class_to_idx[name]) for path, name in rows[split]), strict=True)
         splits[split] = Split(root, list(paths), list(labels))
         notes += note_lacking(root / folder, labels, classes)
@@ -123,6 +125,7 @@ def find_folders(root: Path, *, train: bool) -> Layout:
 def _in_class_folders(folder: Path, found: Found, notes: list[str]) -> list[tuple[str, str]]:
     """The paths and class names of a split's images, in torchvision's order; those outside class folders are noted."""
     outside = found.images.pop('', [])
+    found.others.pop('', None)  # a README beside the class folders
     rows = [
         (f'{below}/{name}', _nfc(below.partition('/')[0]))
         for below in sorted(found.images, key=lambda path: path.partition('/'))
@@ -133,8 +136,6 @@ def _in_class_folders(folder: Path, found: Found, notes: list[str]) -> list[tupl
             f'{folder} holds {count(outside, "image")} outside class folders: move each into the folder of its class, '
             f"{folder.name}/<class>/<image>; for ImageNet's val the script valprep.sh does so"
         )
-    if not rows:
-        raise InputError(f'{folder} holds no images (file names must end in .jpg, .png, …)')
     if outside:
         notes.append(f'{folder}: left out, as outside class folders: {count(outside, "image")}')
     return rows
