@@ -26,8 +26,9 @@ NO_MATTER = FREE_ARGUMENTS - {'finetune', 'batch_size', 'accum_steps'} - SEEN_IN
 EXPLAINED = {  # derived values, and the arguments whose difference says theirs
     'total_batch': {'batch_size', 'accum_steps'},
     'precision': {'amp'},
-    'data': {'data_set', 'data_path', 'data_layout', 'use_lmdb', 'train_fraction', 'inat_category'},
-}
+    'data': {'data_set', 'data_path', 'data_layout', 'use_lmdb', 'train_fraction', 'inat_category',
+             'val_fraction', 'val_seed', 'folds', 'fold'},
+}  # fmt: skip
 DERIVED = ('data', 'total_batch', 'precision', 'train_mode')  # that matter beside the arguments
 
 MOST_LOG_BYTES, MOST_YAML_BYTES = 32 << 20, 256 << 10

@@ -263,6 +263,9 @@ def test_what_a_person_varied(tmp_path: Path) -> None:
     for one in found:
         one.args['data_path'] = f'/disks/{one.name}/images'
     assert 'data' not in runs.find_differences(found)
+    for number, one in enumerate(found):
+        one.args |= {'data_path': 'images', 'folds': 3, 'fold': number}
+    assert 'data' not in runs.find_differences(found) and runs.find_differences(found)['fold'] == ['0', '1', '2']
 
 
 def test_columns_that_no_run_has_are_left_out(tmp_path: Path) -> None:
