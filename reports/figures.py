@@ -102,24 +102,27 @@ def _save(figure: Figure, name: str, title: str, legend: str = '', hover: Mappin
     Args:
         hover: what is shown under the pointer, by epoch.
     """
-    texts: list[Any] = figure.findobj(lambda artist: hasattr(artist, 'set_parse_math'))
-    fonts, _ = find_fonts(frozenset(''.join(text.get_text() for text in texts)))
-    for text in texts:
-        text.set_parse_math(False)  # a dollar in a name is no formula
-        text.set_fontfamily(fonts)
+    set_fonts(figure)
     file = io.BytesIO()
     figure.savefig(file, format='png', dpi=150)
     spots = _epoch_spots(figure.axes[0], hover) if hover else []
     return Picture(name, title, file.getvalue(), spots=spots, legend=legend)
 
 
+def set_fonts(figure: Figure) -> None:
+    """Gives a figure's texts fonts that have their letters."""
+    texts: list[Any] = figure.findobj(lambda artist: hasattr(artist, 'set_parse_math'))
+    fonts, _ = find_fonts(frozenset(''.join(text.get_text() for text in texts)))
+    for text in texts:
+        text.set_parse_math(False)  # a dollar in a name is no formula
+        text.set_fontfamily(fonts)
+
+
 @cache
 def find_fonts(letters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
     """Fonts of this machine that have the letters together, matplotlib's own first, and the letters that none has."""
     fonts, left = ['DejaVu Sans'], letters
-    files = {
-        entry.name: entry.fname for entry in fontManager.ttflist if not entry.name.startswith('Last Resort')
-    }  # boxes
+    files = {font.name: font.fname for font in fontManager.ttflist if 'Last Resort' not in font.name}  # has but boxes
     for name in sorted(files, key=lambda name: (name != fonts[0], name)):
         if not left:
             break
@@ -150,7 +153,7 @@ def _epoch_spots(axes: Axes, texts: Mapping[int, str]) -> list[Spot]:
     ]
 
 
-def _short(text: str, most: int) -> str:
+def shorten_text(text: str, most: int) -> str:
     return text if len(text) <= most else f'{text[: most - 1]}…'
 
 
@@ -172,7 +175,7 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, Line2D]]) -> str:
     beside = len(entries) > 5
     place: dict[str, Any] = {'loc': 'upper left', 'bbox_to_anchor': (1.01, 1)} if beside else {'loc': 'best'}
     shown, legend = drawable([name for name, _ in entries])
-    lines, names = [line for _, line in entries], [f' {_short(name, 30)}' for name in shown]
+    lines, names = [line for _, line in entries], [f' {shorten_text(name, 30)}' for name in shown]
     axes.legend(lines, names, fontsize=8, frameon=False, **place)
     return legend
 
@@ -201,16 +204,15 @@ def draw_curves(name: str, title: str, unit: str, curves: Sequence[Curve]) -> Pi
     runs = {id(curve.run): curve.run for curve in curves}.values()
     if len(runs) == 1:
         entries = [(curve.kind, Line2D([], [], color=curve.color, linestyle=curve.style)) for curve in curves]
-        best = next(iter(runs)).result('test_acc1')
+        best = next(iter(runs)).best
         if name == 'accuracy' and best is not None:
             star: dict[str, Any] = {'marker': '*', 'color': RED, 'markersize': 10, 'linestyle': ''}
             axes.plot(best.epoch, best.value, zorder=5, **star)
             entries.append((f'best: {best.value:.2f} at epoch {best.epoch}', Line2D([], [], **star)))
     else:
         colors = {run.color: run.label for run in runs}
-        entries = [(label, Line2D([], [], color=color)) for color, label in colors.items()]
-        if len(entries) > MOST_IN_LEGEND:
-            entries = []
+        shown = colors if len(colors) <= MOST_IN_LEGEND else {}
+        entries = [(label, Line2D([], [], color=color)) for color, label in shown.items()]
         kinds = {curve.kind: curve.style for curve in curves}
         if len(kinds) > 1:
             entries += [(kind, Line2D([], [], color=GREY, linestyle=style)) for kind, style in kinds.items()]
@@ -252,15 +254,17 @@ def draw_times(run: LoggedRun) -> Picture:
 def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
     """The figures of log.txt and timing.txt for which there is something to draw."""
     alone = len(runs) == 1
-    test, average, train = ('test', BLUE, '-'), ('moving average', ORANGE, '--'), ('train', GREY, ':')
+    images = ' or '.join(dict.fromkeys(run.chosen_on for run in runs))
+    test, average, train = (images, BLUE, '-'), ('moving average', ORANGE, '--'), ('train', GREY, ':')
+    only = ('train', BLUE, '-')
     panels: list[tuple[str, str, str, dict[str, tuple[str, str, str]]]] = [
-        ('accuracy', 'Test accuracy', '%', {'test_acc1': test, 'ema_test_acc1': average}),
+        ('accuracy', f'{images.capitalize()} accuracy', '%', {'test_acc1': test, 'ema_test_acc1': average}),
         ('loss', 'Loss', 'cross-entropy', {'train_loss': train, 'test_loss': test, 'ema_test_loss': average}),
-        ('learning_rate', 'Learning rate', 'after scaling', {'train_lr': train}),
-        ('grad_norm', 'Gradient norm', 'mean, before clipping', {'train_grad_norm': train}),
-        ('keep_rate', 'Keep rate', 'part of the tokens', {'keep_rate': train}),
-        ('throughput', 'Training speed', 'images a second', {'images_per_second': train}),
-        ('time', 'Waiting for data', '% of training time', {'waiting': train}),
+        ('learning_rate', 'Learning rate', 'after scaling', {'train_lr': only}),
+        ('grad_norm', 'Gradient norm', 'mean, before clipping', {'train_grad_norm': only}),
+        ('keep_rate', 'Keep rate', 'part of the tokens', {'keep_rate': only}),
+        ('throughput', 'Training speed', 'images a second', {'images_per_second': only}),
+        ('time', 'Waiting for data', '% of training time', {'waiting': only}),
     ]
     pictures = []
     for name, title, unit, columns in panels:
@@ -270,8 +274,6 @@ def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
         for run in runs:
             for column, (kind, color, style) in columns.items():
                 points = run.series(column)
-                if len(columns) == 1:
-                    color, style = BLUE, '-'
                 if points[0]:
                     curves.append(Curve(run, kind, points, color if alone else run.color, '-' if alone else style))
         if curves:
@@ -293,7 +295,7 @@ def draw_confusion(matrix: np.ndarray, labels: Sequence[str]) -> Picture:
     figure.colorbar(image, ax=axes, shrink=0.7, label='% of the class', ticks=[0, 1, 5, 20, 50, 100])
     if size <= MOST_NAMES:
         font = 9 if size <= 12 else 7 if size <= 30 else 5.5
-        names = [_short(label, 16) for label in labels]
+        names = [shorten_text(label, 16) for label in labels]
         axes.set_xticks(range(size), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=font)
         axes.set_yticks(range(size), names, fontsize=font)
     else:
@@ -323,7 +325,7 @@ def draw_classes(accuracy: np.ndarray, labels: Sequence[str], mean: float) -> Pi
     text = f'the line is all images, {mean:.1f}%'
     if named:
         axes.barh(range(len(order)), accuracy[order], color=BLUE, height=0.75)
-        names = [_short(labels[number], 24) for number in order]
+        names = [shorten_text(labels[number], 24) for number in order]
         axes.set_yticks(range(len(order)), names, fontsize=9 if len(order) <= 20 else 6.5)
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.set_xlim(0, 100)

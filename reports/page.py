@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reports.figures import FIGURES, choose_colors, draw_log
 from reports.predictions import Predictions, describe_predictions, find_cost, predict
-from reports.runs import (
-    LoggedRun,
-    find_differences,
-    group_by_settings,
-    list_facts,
-    read_runs,
-    seed_statistics,
-    show_value,
-)
+from reports.runs import Best, LoggedRun, find_differences, group_by_settings, read_runs, seed_statistics, show_value
 from training import checkpoint as ckpt
-from utils import InputError, one_line, shorten
+from utils import InputError, format_seconds, one_line, shorten
 
 TEMPLATE = 'page.html'
+
+
+class Fact(NamedTuple):
+    label: str
+    value: str
+    note: str = ''
+
+
+def _percent(label: str, result: Best | None, note: str = '') -> Fact:
+    return Fact(label, '–') if result is None else Fact(label, f'{result.value:.2f}%', f'epoch {result.epoch}{note}')
+
+
+def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
+    """What a run came to: as many entries, in the same order, for each run.
+
+    Args:
+        cost: its model's parameters and multiply-adds, if they are known.
+    """
+    best, images = run.result('test_acc1'), run.chosen_on
+    top5 = [line['test_acc5'] for line in run.lines if best and line['epoch'] == best.epoch and 'test_acc5' in line]
+    few_classes = run.derived.get('nb_classes') in range(6)  # of which all are among five
+    losses = [run.result(name, best=False) for name in ('train_loss', 'test_loss')]
+    logged = run.result('n_parameters', best=False)
+    parameters = cost[0] if cost else int(logged.value) if logged else None
+    times = ('images_per_second', 'data_seconds', 'train_seconds', 'test_seconds')
+    rates, waits, trains, tests = ([*filter(math.isfinite, run.series(name)[1])] for name in times)
+    train = sum(trains)
+    better = {True: '; the average was best', False: '; the model was best', None: ''}[run.average_is_best]
+    of_average = '; the moving average' if run.test.get('weights') == 'model_ema' else ''
+    return [
+        _percent(f'best {images} accuracy', best),
+        _percent('test accuracy', run.tested if images != 'test' else None, of_average),
+        Fact('top-5 at that epoch', f'{top5[0]:.2f}%' if top5 and not few_classes else '–'),
+        _percent(f'last {images} accuracy', run.result('test_acc1', best=False)),
+        _percent('best moving average', run.result('ema_test_acc1'), better),
+        Fact(f'last loss, train / {images}', ' / '.join(f'{loss.value:.4f}' if loss else '–' for loss in losses)),
+        Fact('parameters', f'{parameters:,}' if parameters else '–'),
+        Fact('multiply-adds an image', f'{cost[1] / 1e9:.3f} G' if cost else '–'),
+        Fact('images a second, median', f'{statistics.median(rates):,.0f}' if rates else '–'),
+        Fact('training time lost to data', f'{sum(waits) / train:.1%}' if waits and train else '–'),
+        Fact('time, training and test', format_seconds(train + sum(tests)) if train else '–'),
+    ]
 
 
 def _find_notes(run: LoggedRun) -> list[str]:
@@ -71,6 +108,10 @@ def make(
     groups = group_by_settings(runs)
     choose_colors(groups)
     notes = [note for run in runs for note in _find_notes(run)]
+    held_out = [run.name for run in runs if run.chosen_on == 'held-out']
+    if 0 < len(held_out) < len(runs):
+        notes.append(f'the best epochs of {shorten(held_out)} are chosen on held-out images, of the other runs on the '
+                     'test images: these accuracies are not comparable')  # fmt: skip
     known: dict[str, tuple[int, int]] = {}
     facts = []
     for run in runs:
@@ -83,8 +124,9 @@ def make(
     wanted = [number for number, column in enumerate(zip(*facts, strict=True))  # that any run has
               if number == 0 or any(fact.value.strip('– /') for fact in column)]  # fmt: skip
     facts = [[entries[number] for number in wanted] for entries in facts]
+    columns = [' / '.join(dict.fromkeys(fact.label for fact in column)) for column in zip(*facts, strict=True)]
     over_seeds, left_out = seed_statistics(groups)
-    scored = [(result.value, run) for run in runs if (result := run.result('test_acc1')) is not None]
+    scored = [(result.value, run) for run in runs if (result := run.best) is not None]
     best = max(scored, key=lambda entry: entry[0])[1] if scored else runs[0]
     found: Predictions | str = 'they were not asked for (--no-predictions)'
     if predictions:
@@ -99,6 +141,7 @@ def make(
         runs=runs,
         best=best,
         facts=facts,
+        columns=columns,
         notes=[*notes, *left_out],
         over_seeds=over_seeds,
         differences=find_differences(runs) if len(runs) > 1 else {},

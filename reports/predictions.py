@@ -26,10 +26,7 @@ from datasets import DATA_SETS
 from models.speed import count_macs
 from pipeline.images import ImageDataset
 from reports.figures import MOST_NAMES, draw_classes, draw_confusion, thumbnail
-from reports.runs import (
-    LoggedRun,
-    printable,
-)
+from reports.runs import LoggedRun, printable
 from training import checkpoint as ckpt
 from training.checkpoint import BEST
 from training.devices import default_device, find_amp_dtype, find_device
@@ -260,14 +257,12 @@ def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:
                 'confidence': 100 * float(found.confidence[position]),
             }
         )
-    logged = found.run.result('test_acc1')
     return {
-        'run': found.run.name,
+        'run': found.run,
         'epoch': found.epoch,
         'images': int(matrix.sum()),
         'wrong': int(matrix.sum() - matrix.trace()),
         'accuracy': found.accuracy,
-        'logged': logged,
         'num_classes': len(found.labels),
         'many': len(found.labels) > MOST_NAMES,
         'pairs': confused_pairs(matrix, found.labels),

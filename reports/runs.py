@@ -7,18 +7,18 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import yaml
-
+from config.flags import read_mapping
 from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT
 from training.output import holds_run
+from training.run import TEST_RESULT
 from training.state import FREE_ARGUMENTS, MOST_EPOCHS
 from training.weights import stored_args
-from utils import InputError, UsageError, format_seconds, one_line
+from utils import InputError, UsageError
 
 # Arguments that cannot change what a run comes to, and those of which `derived` has what they came to.
 SEEN_IN_DERIVED = {'data_path', 'data_layout', 'use_lmdb', 'amp', 'train_mode'}
@@ -26,17 +26,18 @@ NO_MATTER = FREE_ARGUMENTS - {'finetune', 'batch_size', 'accum_steps'} - SEEN_IN
 EXPLAINED = {  # derived values, and the arguments whose difference says theirs
     'total_batch': {'batch_size', 'accum_steps'},
     'precision': {'amp'},
-    'data': {'data_set', 'data_path', 'data_layout', 'use_lmdb', 'train_fraction', 'inat_category'},
-}
+    'data': {'data_set', 'data_path', 'data_layout', 'use_lmdb', 'train_fraction', 'inat_category',
+             'val_fraction', 'val_seed', 'folds', 'fold'},
+}  # fmt: skip
 DERIVED = ('data', 'total_batch', 'precision', 'train_mode')  # that matter beside the arguments
 
 MOST_LOG_BYTES, MOST_YAML_BYTES = 32 << 20, 256 << 10
-MOST_IN_LINE, MOST_IN_VALUE = 100_000, 10_000  # characters
+MOST_IN_LINE = 100_000  # characters
 MOST_VALUE = 1e100  # with larger ones figures have no axes
 
 RESULTS = {  # for the statistics over seeds: column of log.txt, and whether the best epoch counts or the last
-    'test accuracy, best epoch': ('test_acc1', True),
-    'test accuracy, last epoch': ('test_acc1', False),
+    '{} accuracy, best epoch': ('test_acc1', True),
+    '{} accuracy, last epoch': ('test_acc1', False),
     'moving average, best epoch': ('ema_test_acc1', True),
     'moving average, last epoch': ('ema_test_acc1', False),
 }
@@ -72,7 +73,8 @@ class LoggedRun:
     `args` are the flags and `derived` what was made of them, empty where the folder does not say. `lines` are those of
     log.txt and `timings` those of timing.txt, one an epoch that is whole; the latter have two numbers more,
     `images_per_second` of training and all processes, and `waiting`, the percentage of the training time that went by
-    waiting for data. `color` and `label` are for figures of several runs.
+    waiting for data. `test` is test.json, of a run that held images out. `color` and `label` are for figures of several
+    runs.
     """
 
     folder: Path
@@ -81,8 +83,31 @@ class LoggedRun:
     derived: dict[str, Any]
     lines: list[dict[str, Any]]
     timings: list[dict[str, Any]]
+    test: dict[str, Any] = field(default_factory=dict)
     color: str = ''
     label: str = ''
+
+    @property
+    def chosen_on(self) -> str:
+        """Which images chose the best checkpoint, 'test' or 'held-out'; `test_acc1` and its like are theirs."""
+        return 'held-out' if self.derived.get('best_chosen_on') == 'held-out images' else 'test'
+
+    @property
+    def average_is_best(self) -> bool | None:
+        """Whether the best checkpoint has the moving average; None where that is not known."""
+        return bool(self.lines[-1]['best_is_ema']) if self.lines and 'best_is_ema' in self.lines[-1] else None
+
+    @property
+    def best(self) -> Best | None:
+        """The accuracy, in percent, that chose the best checkpoint."""
+        return self.result('ema_test_acc1' if self.average_is_best else 'test_acc1')
+
+    @property
+    def tested(self) -> Best | None:
+        """The best checkpoint's accuracy on the test images, in percent; None where they are to come."""
+        if self.chosen_on == 'test':
+            return self.best
+        return Best(self.test['acc1'], self.test['epoch']) if self.test else None
 
     @property
     def planned(self) -> int | None:
@@ -123,21 +148,8 @@ class LoggedRun:
 # Reading: whoever shares a run shares these files, so they may hold anything
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without what makes a short file long: scalars that take long to read, and merged mappings."""
-
-    def construct_scalar(self, node: Any) -> Any:
-        if len(node.value) > MOST_IN_VALUE:
-            raise yaml.YAMLError(f'it has a value of {len(node.value):,} characters')
-        return super().construct_scalar(node)
-
-    def flatten_mapping(self, node: Any) -> None:
-        if any(key.tag == 'tag:yaml.org,2002:merge' for key, _ in node.value):
-            raise yaml.YAMLError('it has merged mappings')
-
-
-def _open(path: Path, most: int) -> IO[str]:
-    """Opens a text file of at most so many bytes.
+def _check_file(path: Path, most: int) -> None:
+    """Refuses a text file of more than so many bytes.
 
     Raises:
         InputError: if it is larger, or no file but a pipe, a device or a folder.
@@ -146,7 +158,6 @@ def _open(path: Path, most: int) -> IO[str]:
         raise InputError(f'{path} is no file')
     if path.stat().st_size > most:
         raise InputError(f'{path} has {path.stat().st_size:,} bytes: a run writes no more than {most:,}')
-    return path.open(encoding='utf-8', errors='backslashreplace')
 
 
 def _number(value: Any) -> float:
@@ -167,7 +178,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found: dict[int, dict[str, Any]] = {}
-    with _open(path, MOST_LOG_BYTES) as file:
+    _check_file(path, MOST_LOG_BYTES)
+    with path.open(encoding='utf-8', errors='backslashreplace') as file:
         for number, text in enumerate(iter(lambda: file.readline(MOST_IN_LINE), ''), start=1):
             try:
                 line = {name: _number(value) for name, value in json.loads(text).items()}
@@ -180,6 +192,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 ) from None
             found[int(line['epoch'])] = line
     return [found[epoch] for epoch in sorted(found)]
+
+
+def _read_test(path: Path) -> dict[str, Any]:
+    """What test.json says of the best checkpoint on the test images; empty if there is no such file.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    if not path.exists():
+        return {}
+    _check_file(path, MOST_IN_LINE)
+    try:
+        found = json.loads(path.read_bytes())
+        numbers = {name: _number(found[name]) for name in ('epoch', 'acc1', 'images')}
+        return {**numbers, 'epoch': int(numbers['epoch']), 'weights': str(found['weights'])}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise InputError(f'{path} is damaged: the run started again with --auto-resume writes it anew') from None
 
 
 def _read_timings(path: Path) -> list[dict[str, Any]]:
@@ -201,13 +230,13 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             if (folder / name).exists():
                 return dict(stored_args(ckpt.load(str(folder / name)))), {}
         return {}, {}
+    _check_file(path, MOST_YAML_BYTES)
     try:
-        with _open(path, MOST_YAML_BYTES) as file:
-            args = yaml.load(file, _PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as err:
-        raise InputError(f'{path} is damaged: {one_line(err)}') from None
-    ckpt.check_plain(args, str(path))  # whose aliases may lead round in circles, or to one thing a million times
-    derived = args.pop('derived', {}) if isinstance(args, dict) else None
+        args = read_mapping(str(path))
+    except InputError as err:
+        raise InputError(f'{path} is damaged: it {str(err).removeprefix(f"{path} ")}') from None
+    ckpt.check_plain(args, str(path))  # whose numbers may be large
+    derived = args.pop('derived', {})
     if not isinstance(derived, dict) or not all(isinstance(name, str) for name in (*args, *derived)):
         raise InputError(f'{path} is damaged: it does not hold the flags of a run')
     return args, derived
@@ -220,7 +249,10 @@ def read_run(folder: Path, name: str = '') -> LoggedRun:
         InputError: if what it holds is damaged.
     """
     args, derived = _read_args(folder)
-    return LoggedRun(folder, name, args, derived, read_lines(folder / 'log.txt'), _read_timings(folder / 'timing.txt'))
+    run = LoggedRun(folder, name, args, derived, read_lines(folder / 'log.txt'), _read_timings(folder / 'timing.txt'))
+    if run.chosen_on != 'test':
+        run.test = _read_test(folder / TEST_RESULT)
+    return run
 
 
 def read_runs(folders: Sequence[Path]) -> list[LoggedRun]:
@@ -326,49 +358,14 @@ def seed_statistics(groups: dict[str, list[LoggedRun]]) -> tuple[list[SeedStatis
                 notes.append(f'{run.name} is not counted over the seeds: it is {counted[seed].name} once more')
             else:
                 counted[seed] = run
-        for result, (name, best) in RESULTS.items():
-            entries = [run.result(name, best=best) for run in counted.values()]
+        images = group[0].chosen_on
+        results = {result.format(images): [run.result(name, best=best) for run in counted.values()]
+                   for result, (name, best) in RESULTS.items()}  # fmt: skip
+        if images != 'test':
+            results = {'test accuracy': [run.tested for run in counted.values()], **results}
+        for result, entries in results.items():
             values = [entry.value for entry in entries if entry is not None]
             if len(values) == len(counted) > 1:
                 mean, deviation = statistics.fmean(values), statistics.stdev(values)
                 found.append(SeedStatistics(label, result, [*counted], mean, deviation, max(values), min(values)))
     return found, notes
-
-
-class Fact(NamedTuple):
-    label: str
-    value: str
-    note: str = ''
-
-
-def _percent(result: Best | None) -> tuple[str, str]:
-    return ('–', '') if result is None else (f'{result.value:.2f}%', f'epoch {result.epoch}')
-
-
-def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
-    """What a run came to: the same entries for each run.
-
-    Args:
-        cost: its model's parameters and multiply-adds, if they are known.
-    """
-    best = run.result('test_acc1')
-    top5 = [line['test_acc5'] for line in run.lines if best and line['epoch'] == best.epoch and 'test_acc5' in line]
-    few_classes = run.derived.get('nb_classes') in range(6)  # of which all are among five
-    losses = [run.result(name, best=False) for name in ('train_loss', 'test_loss')]
-    logged = run.result('n_parameters', best=False)
-    parameters = cost[0] if cost else int(logged.value) if logged else None
-    times = ('images_per_second', 'data_seconds', 'train_seconds', 'test_seconds')
-    rates, waits, trains, tests = ([*filter(math.isfinite, run.series(name)[1])] for name in times)
-    train = sum(trains)
-    return [
-        Fact('best test accuracy', *_percent(best)),
-        Fact('top-5 at that epoch', f'{top5[0]:.2f}%' if top5 and not few_classes else '–'),
-        Fact('last test accuracy', *_percent(run.result('test_acc1', best=False))),
-        Fact('best moving average', *_percent(run.result('ema_test_acc1'))),
-        Fact('last loss, train / test', ' / '.join('–' if loss is None else f'{loss.value:.4f}' for loss in losses)),
-        Fact('parameters', f'{parameters:,}' if parameters else '–'),
-        Fact('multiply-adds an image', f'{cost[1] / 1e9:.3f} G' if cost else '–'),
-        Fact('images a second, median', f'{statistics.median(rates):,.0f}' if rates else '–'),
-        Fact('training time lost to data', f'{sum(waits) / train:.1%}' if waits and train else '–'),
-        Fact('time, training and test', format_seconds(train + sum(tests)) if train else '–'),
-    ]

@@ -274,6 +274,8 @@ def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (['6', '--nproc', '3'], 'cannot share a total batch of 512'),
         (['6', '--epoch', '1'], 'unrecognized arguments: --epoch 1'),
         (['6', '--seed', '1'], '--seed is set by ablate.py'),
+        (['6', '--folds', '5', '--fold', '1'], '--fold is set by ablate.py'),
+        (['6', '--folds', '1'], '--folds 1 leaves nothing to train with'),
         (['6', '--output_dir=x'], '--output-dir is set by ablate.py'),
         (['11', '--batch_size', '64'], "--batch-size is what this table's rows differ in"),
         (['10', '--model', 'dhvt_tiny_cifar_patch2'], "--model is what this table's rows differ in"),
@@ -332,6 +334,25 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
 
     code, _, err = run(capsys, *argv, '--seeds', '0', '--epochs', '2')
     assert code == 1 and '--epochs was 1, is 2' in err and 'Choose another --output' in err
+
+
+def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run for each fold, each with its own part held out; they count with their accuracy on the test images."""
+    monkeypatch.setattr(ablate.Child, 'run', run_inside)
+    argv = ['affines', '--output', tmp_path, *TINY_RUN, '--batch-size', '256', '--seeds', '3', '--folds', '2']
+    code, out, err = run(capsys, *argv)
+    assert code == 0 and 'run 3 of 4: with both affines (DHVT-T), seed 3, fold 1 of 2' in out, err
+    folders = [tmp_path / '1-with-both-affines-dhvt-t' / f'seed3-fold{fold}of2' for fold in range(2)]
+    for fold, folder in enumerate(folders):
+        settings = ablate.read_run(folder).args
+        assert (settings['seed'], settings['fold'], settings['folds']) == (3, fold, 2)
+    tested = [json.loads((folder / 'test.json').read_text())['acc1'] for folder in folders]
+    mean, spread = sum(tested) / 2, abs(tested[0] - tested[1]) / 2**0.5
+    assert f'| 2 | {mean:.2f} ± {spread:.2f} | {max(tested):.2f} |' in out and 'DIGITS, 1 epoch, 2 folds.' in out
+    code, out, _ = run(capsys, *argv)
+    assert code == 0 and out.count('finished before') == 4
+    code, _, err = run(capsys, *argv[:-2])
+    assert code == 1 and 'has a run of other folds' in err
 
 
 def test_progress_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

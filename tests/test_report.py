@@ -263,6 +263,9 @@ def test_what_a_person_varied(tmp_path: Path) -> None:
     for one in found:
         one.args['data_path'] = f'/disks/{one.name}/images'
     assert 'data' not in runs.find_differences(found)
+    for number, one in enumerate(found):
+        one.args |= {'data_path': 'images', 'folds': 3, 'fold': number}
+    assert 'data' not in runs.find_differences(found) and runs.find_differences(found)['fold'] == ['0', '1', '2']
 
 
 def test_columns_that_no_run_has_are_left_out(tmp_path: Path) -> None:
@@ -274,6 +277,65 @@ def test_columns_that_no_run_has_are_left_out(tmp_path: Path) -> None:
     assert 'best moving average' not in page.source and 'best test accuracy' in page.tiles()
     page = Page(make_page([tmp_path / '0', tmp_path / '1'], out=tmp_path / 'two.html'))
     assert 'best moving average' not in page.source and len({len(row) for row in page.rows['summary']}) == 1
+
+
+def hold_out(folder: Path, acc1: float, *, average: bool | None = None) -> None:
+    """Makes a made-up run one that chose its best epoch on held-out images."""
+    settings = yaml.safe_load((folder / 'args.yaml').read_text())
+    settings['derived']['best_chosen_on'] = 'held-out images'
+    (folder / 'args.yaml').write_text(yaml.safe_dump({**settings, 'val_fraction': 0.1}))
+    result = {'epoch': 4, 'weights': 'model_ema' if average else 'model', 'acc1': acc1, 'images': 360}
+    (folder / 'test.json').write_text(json.dumps(result, indent=1))
+    if average is not None:
+        lines = [{**json.loads(line), 'best_is_ema': int(average)} for line in (folder / 'log.txt').open()]
+        (folder / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def test_held_out_images(tmp_path: Path, drawn: dict[str, Figure], capsys: pytest.CaptureFixture[str]) -> None:
+    """What chose the best epoch is named so, and the test accuracy is that of test.json; else all is as it was."""
+    folders = [tmp_path / str(number) for number in range(3)]
+    logs = [make_run(folder, seed=number) for number, folder in enumerate(folders)]
+    (folders[2] / 'test.json').write_text('{"acc1": 1}')  # no run without a split has one, so nothing reads it
+    for number, average in enumerate([True, False]):
+        hold_out(folders[number], 12.5 + number, average=average)
+    page = Page(make_page(folders[:1]))
+    best = max(line['test_acc1'] for line in logs[0])
+    words = ' '.join(page.words['summary'].split())
+    assert f'best held-out accuracy{best:.2f}% epoch' in words and 'last held-out accuracy' in words
+    assert 'test accuracy12.50% epoch 4; the moving average' in words and '; the average was best' in words
+    assert 'train / held-out' in words and 'best test accuracy' not in page.source
+    assert 'chosen on held-out images' in page.words['head'] and 'Held-out accuracy by epoch' in page.images
+    star = drawn['accuracy'].axes[0].lines[2].get_ydata()
+    assert list(star) == [max(line['ema_test_acc1'] for line in logs[0])]
+
+    page = Page(make_page(folders[:2], out=tmp_path / 'two.html'))
+    head, *rows = page.rows['summary']
+    assert [row[head.index('test accuracy')][:6] for row in rows] == ['12.50%', '13.50%']
+    assert '; the model was best' in rows[1][head.index('best moving average')]
+    found = {row[1]: row[3] for row in page.rows['seeds'][1:]}
+    assert found['test accuracy'] == '13.00 ± 0.71' and 'held-out accuracy, best epoch' in found
+    assert 'not comparable' not in page.words['head']
+
+    page = Page(make_page(folders, out=tmp_path / 'all.html'))
+    assert 'best epochs of 0, 1 are chosen on held-out images' in page.words['head']
+    assert 'best held-out accuracy / best test accuracy' in page.rows['summary'][0]
+    (folders[0] / 'test.json').unlink()
+    assert 'test accuracy' not in Page(make_page(folders[:1])).words['summary']
+    for text in ('{"epoch": 4', '[]', '{"epoch": 4, "acc1": "x", "images": 1, "weights": "model"}', '[' * 9999):
+        (folders[1] / 'test.json').write_text(text)
+        code, error = fails([str(folders[1])], capsys)
+        assert code == 1 and 'test.json is damaged' in error
+
+
+def test_report_of_a_run_with_a_split(tmp_path: Path) -> None:
+    """What main.py writes is what the report reads: its predictions are of the test images, as test.json is."""
+    out = tmp_path / 'run'
+    train([*DIGITS, '--epochs', '1', '--val-fraction', '0.2', '--batch-size', '256', '--output_dir', str(out)])
+    page, result = Page(out / 'report.html'), json.loads((out / 'test.json').read_text())
+    words = ' '.join(page.words['predictions'].split())
+    assert f': {result["acc1"]:.2f}% of 360 test images' in words
+    assert f'test.json has {result["acc1"]:.2f}%' in words
+    assert f'test accuracy{result["acc1"]:.2f}% epoch 0' in page.words['summary'].replace('\n', '')
 
 
 def test_points_can_be_read(tmp_path: Path, drawn: dict[str, Figure]) -> None:
@@ -519,13 +581,13 @@ def test_files_that_are_more_than_they_look(tmp_path: Path, capsys: pytest.Captu
     whole = {path: path.read_bytes() for path in (args, log)}
     began = time.monotonic()
     for text, message in (
-        (yaml_bomb('[x]', '[{}]'), 'args.yaml holds too much'),
-        (yaml_bomb('{x: 1}', '{{<<: [{}]}}'), 'it has merged mappings'),
-        ('a: &a [*a]', 'args.yaml holds too much'),
-        ('&a {b: *a}', 'args.yaml holds too much'),
-        ('a: ' + '[' * 100 + ']' * 100, 'args.yaml holds too much'),
+        (yaml_bomb('[x]', '[{}]'), 'args.yaml is damaged: it has an alias'),
+        (yaml_bomb('{x: 1}', '{{<<: [{}]}}'), 'args.yaml is damaged: it has an alias'),
+        ('a: &a [*a]', 'args.yaml is damaged: it has an alias'),
+        ('&a {b: *a}', 'args.yaml is damaged: it has an alias'),
+        ('a: ' + '[' * 100 + ']' * 100, 'args.yaml is damaged: it has more than 20 levels'),
         ('epochs: ' + '9' * 999, 'a number of too many digits'),
-        ('epochs: 1' + ':1' * 99_999, 'it has a value of 199,999 characters'),
+        ('epochs: 1' + ':1' * 99_999, 'args.yaml is damaged: it is not YAML of plain values'),
         ('#' * 300_000, 'a run writes no more than 262,144'),
     ):
         args.write_text(text)

@@ -89,16 +89,50 @@ def test_the_channel_weights_are_those_of_the_forward_pass() -> None:
     assert look(build('deit_tiny_cifar_patch4'), torch.randn(2, 3, 16, 16).double()).channels == [None] * 4
 
 
+def test_titles_scales_and_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The predicted class and its probability above each image, a colour bar a row, patches with sharp edges."""
+    drawn: list[Any] = []
+    draw = visualize.draw_attention
+
+    def keep(*given: Any) -> Any:
+        drawn[:] = [*given, draw(*given)]
+        return drawn[-1]
+
+    monkeypatch.setattr(visualize, 'draw_attention', keep)
+    classes = ['a', '$b^', '\U000f1234', *'cdef']  # of private use, which no font has
+    path = save(tmp_path / 'dhvt.pth', 'dhvt_tiny_cifar_patch4', classes=classes)
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / 'image.png')
+    visualize.main(['attention', path, str(tmp_path / 'image.png'), '--layers', '0', '3', '--out', f'{tmp_path}/a.png'])
+    _, names, seen, _, figure = drawn
+    model, _, _ = visualize.load_trained(path)
+    with torch.no_grad():
+        pixels = torch.from_numpy(image).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(value)[:, None, None] for value in
+                     (visualize.IMAGENET_DEFAULT_MEAN, visualize.IMAGENET_DEFAULT_STD))  # fmt: skip
+        probabilities = model(((pixels - mean) / std)[None]).softmax(dim=1)[0]
+    torch.testing.assert_close(seen[0].probabilities[0], probabilities)
+    shown = ['a', '$b^', '#2', *'cdef'][int(probabilities.argmax())]
+    assert names == [f'{shown}, {float(probabilities.max()):.1%}'] == [figure.subfigs[0].axes[0].get_title()]
+    panels = figure.subfigs[0].axes[1:]
+    assert len(panels) == 2 * (3 + 1 + 1 + 1)  # class and two head tokens, map, its colour bar, channel weights
+    heats = [axes.images[1] for axes in panels if len(axes.images) == 2]
+    assert len(heats) == 6 and all(heat.get_interpolation() == 'nearest' for heat in heats)
+    assert len({heat.get_clim() for heat in heats}) == 2  # one a row
+    weights = seen[0].attention[3][0].mean(dim=0)
+    np.testing.assert_allclose(heats[5].get_array().reshape(-1), weights[-1, 1:17])
+
+
 def test_layers() -> None:
     assert choose_layers(None, 12) == [2, 5, 8, 11] and choose_layers(None, 2) == [0, 1]
     assert choose_layers([3, 1, 3], 4) == [1, 3] and choose_layers(None, 1) == [0]
 
 
-def save(path: Path, name: str, size: int = 16, **kwargs: Any) -> str:
+def save(path: Path, name: str, size: int = 16, classes: list[str] | None = None, **kwargs: Any) -> str:
     model = create_model(name, **{**SMALL, 'img_size': size, **kwargs})
     settings = [(key, value) for key, value in {**SMALL, **kwargs}.items() if key not in ('img_size', 'num_classes')]
     args = {'model': name, 'input_size': size, 'model_kwargs': settings}
-    ckpt.save(path, {'model': model.state_dict(), 'args': args})
+    ckpt.save(path, {'model': model.state_dict(), 'args': args, 'classes': classes})
     return str(path)
 
 
@@ -121,6 +155,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
             sizes.append(sheet.size)
             assert np.asarray(sheet.convert('L')).std() > 20
     said = capsys.readouterr().out.splitlines()
+    assert all('; predicted: ' in line for line in said)
     assert '2 images of 16x24 px, layers 0, 1' in said[0] and '24x16 px, layers 0' in said[2]
     assert sizes[0][1] > 1.5 * sizes[1][1] and sizes[1][0] > sizes[2][0]  # a row a layer; no columns for head tokens
 

@@ -1,14 +1,15 @@
 """Runs an ablation table of the DHVT paper, row after row, and prints it beside the paper's figures.
 
-    python tools/ablate.py TABLE [--seeds 0 1 2] [--output DIR] [--nproc N] [further flags of main.py]
+    python tools/ablate.py TABLE [--seeds 0 1 2] [--folds K] [--output DIR] [--nproc N] [further flags of main.py]
 
 TABLE is 5, 6, 8, 9, 10, 11 or affines. Every row is a model of one class, made by `--model-kwargs`, and every run is a
 call of main.py in its own folder, DIR/ROW/seedN, with `--auto-resume`: the same command again leaves finished runs as
 they are and goes on with the one that was stopped. Flags are the paper's for its ablations: CIFAR-100, 300 epochs, a
 total batch of 512, 10 epochs of warm-up, learning rate 1e-3, four seeds; further flags come after them and win.
 
-After each run DIR/table.md, table.csv and table.png are written. A run counts with its best top-1, as the paper's do; a
-row has the mean of its runs, their standard deviation (of a sample, n-1) and the best of them.
+After each run DIR/table.md, table.csv and table.png are written. A run counts with its best top-1, as the paper's do;
+one that holds images out, as with folds, with its best checkpoint's on the test images. A row has the mean of its runs,
+over seeds and folds, their standard deviation (of a sample, n-1) and the best of them.
 
 tools/ablations.csv has the rows; docs/tools.md says what is done where the paper leaves something open.
 """
@@ -59,7 +60,7 @@ RECIPE = [
 ]
 OWN_FLAGS = {  # which this program gives main.py itself
     *('--output-dir', '--seed', '--auto-resume', '--no-auto-resume', '--resume', '--eval', '--only-test-speed'),
-    *('--start-epoch', '--export-safetensors', '--model-kwargs'),
+    *('--start-epoch', '--export-safetensors', '--model-kwargs', '--fold'),
 }
 
 
@@ -104,6 +105,7 @@ def get_args_parser() -> FlagParser:
     )
     parser.add_argument('table', metavar='TABLE', choices=TABLES, help=', '.join(TABLES))
     parser.add_argument('--seeds', nargs='+', type=SEED, default=[0, 1, 2, 3], help='a run of each row for each')
+    parser.add_argument('--folds', type=FROM_ONE, help="cross-validation: main.py's, a run of each seed for each fold")
     parser.add_argument('--output', type=Path, help='folder of the runs and the table (output/ablate/TABLE)')
     parser.add_argument('--nproc', type=FROM_ONE, default=1, help='processes that share the batch, by torchrun')
     parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help="beside each row's own")
@@ -120,8 +122,8 @@ def row_folder(output: Path, table: Table, row: Row) -> Path:
     return output / f'{number}-{re.sub("[^a-z0-9]+", "-", row.name.lower()).strip("-")}'
 
 
-def run_flags(row: Row, seed: int, folder: Path, args: argparse.Namespace, further: Sequence[str]) -> list[str]:
-    """main.py's flags for one run.
+def run_flags(row: Row, folder: Path, args: argparse.Namespace, further: Sequence[str]) -> list[str]:
+    """main.py's flags for one run, whose folder's name has the seed, and the fold if there are any.
 
     Raises:
         UsageError: if the processes cannot share the batch.
@@ -129,10 +131,12 @@ def run_flags(row: Row, seed: int, folder: Path, args: argparse.Namespace, furth
     if row.batch % args.nproc:
         raise UsageError(f'--nproc {args.nproc} processes cannot share a total batch of {row.batch}')
     options = [*row.options, *args.model_kwargs]
+    numbers = zip(('--seed', '--fold', '--folds'), re.findall(r'\d+', folder.name), strict=False)
     return [
         *('--model', row.model, *RECIPE, '--batch-size', str(row.batch // args.nproc), *further),
         *(['--model-kwargs', *options] if options else []),
-        *('--seed', str(seed), '--output_dir', str(folder), '--auto-resume'),
+        *(part for pair in numbers for part in pair),
+        *('--output_dir', str(folder), '--auto-resume'),
     ]
 
 
@@ -172,16 +176,17 @@ def find_run(folder: Path) -> LoggedRun | None:
 
 
 def best_accuracy(run: LoggedRun | None) -> float | None:
-    """A finished run's best top-1 in percent; None of one that is not finished."""
-    best = run.result('test_acc1') if run is not None and run.is_finished else None
-    return None if best is None else best.value
+    """What a finished run counts with, in percent; None of one that is not finished."""
+    tested = run.tested if run is not None and run.is_finished else None
+    return None if tested is None else tested.value
 
 
-def find_finished(folder: Path) -> dict[int, tuple[float, LoggedRun]]:
-    """The finished runs in a row's folder, by seed, with their best top-1."""
-    found = {int(path.name[4:]): find_run(path) for path in folder.glob('seed*')}
-    scored = {seed: (best_accuracy(run), run) for seed, run in sorted(found.items())}
-    return {seed: (best, run) for seed, (best, run) in scored.items() if best is not None and run is not None}
+def find_finished(folder: Path) -> dict[str, tuple[float, LoggedRun]]:
+    """The finished runs in a row's folder, by seed and fold, with what they count with."""
+    paths = sorted(folder.glob('seed*'), key=lambda path: [int(number) for number in re.findall(r'\d+', path.name)])
+    found = {path.name.removeprefix('seed'): find_run(path) for path in paths}
+    scored = {name: (best_accuracy(run), run) for name, run in found.items()}
+    return {name: (best, run) for name, (best, run) in scored.items() if best is not None and run is not None}
 
 
 def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
@@ -206,12 +211,13 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
 
 def describe_training(run: LoggedRun) -> str:
     """On what a run was trained, and for how long."""
-    fraction, epochs = run.args.get('train_fraction', 1), run.args.get('epochs')
+    fraction, epochs, folds = run.args.get('train_fraction', 1), run.args.get('epochs'), run.args.get('folds')
     part = f' ({fraction} of it)' if fraction != 1 else ''
-    return f'{run.args.get("data_set")}{part}, {epochs} epoch{"" if epochs == 1 else "s"}'
+    split = f', {folds} folds' if folds else ''
+    return f'{run.args.get("data_set")}{part}, {epochs} epoch{"" if epochs == 1 else "s"}{split}'
 
 
-def figures_of(row: Row, runs: Mapping[int, tuple[float, LoggedRun]]) -> dict[str, Any]:
+def figures_of(row: Row, runs: Mapping[str, tuple[float, LoggedRun]]) -> dict[str, Any]:
     """A line of table.csv, of a row's finished runs."""
     values = [accuracy for accuracy, _ in runs.values()]
     parameters = {int(entry.value) for _, run in runs.values() if (entry := run.result('n_parameters')) is not None}
@@ -225,7 +231,7 @@ def figures_of(row: Row, runs: Mapping[int, tuple[float, LoggedRun]]) -> dict[st
         'sd': statistics.stdev(values) if len(values) > 1 else None,
         'best': max(values, default=None),
         'paper': row.paper,
-        'seeds': ' '.join(f'{seed}:{accuracy:.4f}' for seed, (accuracy, _) in runs.items()),
+        'seeds': ' '.join(f'{name}:{accuracy:.4f}' for name, (accuracy, _) in runs.items()),
     }
 
 
@@ -309,7 +315,7 @@ def last_line(path: Path) -> str:
 def describe_progress(folder: Path) -> str:
     """How far a run is: its whole epochs, its best top-1, and what it printed last."""
     run = find_run(folder)
-    best = run.result('test_acc1') if run is not None else None
+    best = run.best if run is not None else None
     whole = [] if run is None else [f'{run.status}{f", best top-1 {best.value:.2f}%" if best else ""}']
     return '; '.join([*whole, last_line(folder / LOG)])
 
@@ -362,30 +368,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(write_table(table, output), end='')
             return
         check_further(table, further, args.model_kwargs)
-
-        def flags(row: Row, seed: int) -> list[str]:
-            return run_flags(row, seed, row_folder(output, table, row) / f'seed{seed}', args, further)
-
-        for row in table.rows:  # before anything runs
-            own = parse_args(flags(row, args.seeds[0]))
+        names = [f'seed {seed}' + (f', fold {fold} of {args.folds}' if args.folds else '')
+                 for seed in dict.fromkeys(args.seeds) for fold in range(args.folds or 1)]  # fmt: skip
+        runs = [(row, name, row_folder(output, table, row) / name.replace(', ', '-').replace(' ', ''))
+                for name in names for row in table.rows]  # fmt: skip
+        for row, _, folder in runs[: len(table.rows)]:  # before anything runs
+            own = parse_args(run_flags(row, folder, args, further))
             build_model(own, own.nb_classes or DATA_SETS[own.data_set].num_classes)
-        runs = [(row, seed) for seed in dict.fromkeys(args.seeds) for row in table.rows]
         if args.dry_run:
-            for row, seed in runs:
-                print(shlex.join(command_of(flags(row, seed), args.nproc)))
+            for row, _, folder in runs:
+                print(shlex.join(command_of(run_flags(row, folder, args, further), args.nproc)))
             return
         for row in table.rows:
             for folder in row_folder(output, table, row).glob('seed*'):
-                check_same(folder, flags(row, int(folder.name[4:])), args.nproc)
+                if folder.name.partition('of')[2] != str(args.folds or ''):
+                    raise InputError(f'{folder} has a run of other folds. Choose another --output')
+                check_same(folder, run_flags(row, folder, args, further), args.nproc)
         output.mkdir(parents=True, exist_ok=True)
-        for number, (row, seed) in enumerate(runs, 1):
-            folder = row_folder(output, table, row) / f'seed{seed}'
-            what = f'run {number} of {len(runs)}: {row.name}, seed {seed}'
+        for number, (row, name, folder) in enumerate(runs, 1):
+            what = f'run {number} of {len(runs)}: {row.name}, {name}'
             if best_accuracy(find_run(folder)) is not None:
                 print(f'{what}: finished before', flush=True)
                 continue
             print(f'{what} … {folder / LOG}', flush=True)
-            accuracy = run_one(what, flags(row, seed), folder=folder, nproc=args.nproc)
+            accuracy = run_one(what, run_flags(row, folder, args, further), folder=folder, nproc=args.nproc)
             print(f'{what}: best top-1 {accuracy:.2f}%', flush=True)
             write_table(table, output)
         print(write_table(table, output), end='')

@@ -5,9 +5,10 @@
 
 `attention` shows for each image, in a row for each chosen layer: the attention that the class token and each head token
 pay to the patch tokens, over the image; the map of the attention of all tokens (a row each) to all, with the head
-tokens at the right-hand side and at the bottom; and DAFF's channel weights. Attention is the mean over the heads; each
-picture has its own range of colours, and class and head tokens are drawn broader than the patches. Any size that the
-patch size divides will do, rectangles too. Of models without head tokens (DeiT) it shows the rest.
+tokens at the right-hand side and at the bottom; and DAFF's channel weights. Above each image stand the predicted class
+and its probability. Attention is the mean over the heads; each row has one scale of colours, and class and head tokens
+are drawn broader than the patches. Any size that the patch size divides will do, rectangles too. Of models without head
+tokens (DeiT) it shows the rest.
 
 `evit-mask` shows for each image, in a row for each shrinking block, which patches are still kept (as they are), which
 are fused into one token (dimmed) and which are dropped (dark).
@@ -26,6 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import PercentFormatter
 from PIL import Image, ImageDraw, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
@@ -43,14 +48,15 @@ from models.dhvt import DHVT
 from models.evit import EViT
 from pipeline.images import decode
 from pipeline.transforms import build_transform
+from reports.figures import drawable, set_fonts, shorten_text
 from training import checkpoint as ckpt
 from training.weights import stored_args
 from utils import InputError, UsageError, one_line
 
 KEPT, FUSED, DROPPED = 0, 1, 2
-NAMES = {KEPT: 'kept', FUSED: 'fused', DROPPED: 'dropped'}
-SHADES = {KEPT: 1.0, FUSED: 0.45, DROPPED: 0.12}  # of the patch's brightness
+NAMES, SHADES = ('kept', 'fused', 'dropped'), np.array([1.0, 0.45, 0.12])  # of the patch's brightness
 MARGIN, LABEL = 6, 16  # pixels
+Size = tuple[int, int]
 
 
 def get_args_parser() -> FlagParser:
@@ -95,6 +101,7 @@ class Seen(NamedTuple):
 
     attention: list[Tensor]  # (B, h, T, T), each row a token's attention to all; T = P+N+h
     channels: list[Tensor | None]  # DAFF's channel weights (B, D)
+    probabilities: Tensor  # (B, C)
     grid: tuple[int, int]  # (H/P, W/P), N patches in row-major order
     num_prefix: int
 
@@ -117,7 +124,7 @@ def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
         if hasattr(block.mlp, 'excitation'):
             hooks.append(block.mlp.excitation.register_forward_hook(partial(keep, ('channels', number))))
     try:
-        model(images)
+        probabilities = model(images).softmax(dim=-1)
     finally:
         for hook in hooks:
             hook.remove()
@@ -134,7 +141,7 @@ def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
     patch: Any = model.patch_embed
     sides = to_2tuple(patch.patch_size)
     grid = images.shape[-2] // sides[0], images.shape[-1] // sides[1]
-    return Seen(attention, channels, grid, int(model.num_prefix_tokens))
+    return Seen(attention, channels, probabilities, grid, int(model.num_prefix_tokens))
 
 
 def is_evit(path: str) -> bool:
@@ -149,11 +156,8 @@ def is_evit(path: str) -> bool:
     return keeps_tokens_by_rate(str(name))
 
 
-def load_attentive(path: str, size: tuple[int, int] | None) -> tuple[DHVT | VisionTransformer, tuple[int, int]]:
-    """The DHVT or DeiT of a checkpoint, in eval mode, and the size of its images (height, width) in pixels.
-
-    Args:
-        size: another one than the checkpoint's.
+def load_attentive(path: str, size: Size | None) -> tuple[DHVT | VisionTransformer, list[str], Size]:
+    """The DHVT or DeiT of a checkpoint in eval mode, its classes, and its images' (height, width), `size` if given.
 
     Raises:
         InputError: if the checkpoint is of another model.
@@ -174,7 +178,7 @@ def load_attentive(path: str, size: tuple[int, int] | None) -> tuple[DHVT | Visi
             model.set_input_size(size)  # of a DeiT the position embedding is resampled
         except ValueError as err:
             raise UsageError(f'--size {size[0]} {size[1]}: {one_line(err)}') from None
-    return model, size
+    return model, settings.classes, size
 
 
 def choose_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
@@ -189,77 +193,71 @@ def choose_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
     return chosen
 
 
-def draw_attention(file: Any, pictures: Sequence[Image.Image], seen: Sequence[Seen], layers: Sequence[int]) -> None:
-    """Writes the sheet as a PNG: below each other, a block for each picture with a row for each layer."""
-    import matplotlib
+def draw_layer(figure: Any, panels: Sequence[Axes], picture: Image.Image, seen: Seen, layer: int) -> None:
+    """A row of the sheet: a panel for the class token and for each head token, the map, and channel weights if any."""
+    mean = seen.attention[layer][0].mean(dim=0).numpy()  # (T, T)
+    first, last = seen.num_prefix, seen.num_prefix + seen.grid[0] * seen.grid[1]
+    tokens = [0, *range(last, len(mean))]
+    scale: dict[str, Any] = {'cmap': 'inferno', 'vmin': 0, 'vmax': np.quantile(mean[tokens, first:last], 0.995)}
+    extent = (0, picture.width, picture.height, 0)
+    for axes, token in zip(panels, tokens, strict=False):
+        axes.imshow(picture.convert('L'), cmap='gray', extent=extent)
+        heat = mean[token, first:last].reshape(seen.grid)
+        axes.imshow(heat, alpha=0.65, interpolation='nearest', extent=extent, **scale)
+    panels[0].set_ylabel(f'layer {layer}', fontsize=8)
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    axes = panels[len(tokens)]
+    broad = max(len(mean) // 40, 1)  # a few tokens among hundreds would not be seen
+    counts = np.full(len(mean), broad)
+    counts[first:last] = 1
+    shown = axes.imshow(mean.repeat(counts, axis=0).repeat(counts, axis=1), interpolation='nearest', **scale)
+    for edge in (first * broad - 0.5, first * broad + last - first - 0.5):
+        axes.axvline(edge, color='white', linewidth=0.6)
+        axes.axhline(edge, color='white', linewidth=0.6)
+    figure.colorbar(shown, ax=axes, format=PercentFormatter(1), extend='max', pad=0.03).ax.tick_params(labelsize=6)
+    for axes in panels[: len(tokens) + 1]:
+        axes.set(xticks=[], yticks=[])
 
+    weight = seen.channels[layer]
+    if weight is not None:
+        axes = panels[-1]
+        axes.bar(range(weight.shape[1]), weight[0].numpy(), width=1.0, color='#4c78a8')
+        axes.axhline(0, color='black', linewidth=0.5)
+        axes.set(xticks=[], xlim=(-0.5, weight.shape[1] - 0.5))
+        axes.tick_params(labelsize=6, pad=1)
+        axes.yaxis.tick_right()
+
+
+def draw_attention(pictures: list[Image.Image], names: list[str], seen: list[Seen], layers: list[int]) -> Figure:
+    """The sheet: below each other, a block for each picture, under its name, with a row for each layer."""
     head_tokens = seen[0].attention[0].shape[-1] - seen[0].num_prefix - seen[0].grid[0] * seen[0].grid[1]
-    aggregates = any(weight is not None for weight in seen[0].channels)
-    titles = ['class token', *(f'head token {number}' for number in range(1, head_tokens + 1))]
-    titles += ['attention map', *['channel weights'] * aggregates]
+    titles = ['class token', *(f'head token {number + 1}' for number in range(head_tokens)), 'attention map']
     tile, aspect = 1.25, pictures[0].width / pictures[0].height  # inches of height
-    maps = 1 + head_tokens
-    ratios = [1.5 * aspect, *[aspect] * maps, 1.0, *[1.3] * aggregates]
-    figure = pyplot.figure(
+    ratios = [1.5 * aspect, *[aspect] * (1 + head_tokens), 1.25]
+    if any(weight is not None for weight in seen[0].channels):
+        titles, ratios = [*titles, 'channel weights'], [*ratios, 1.3]
+    figure = Figure(
         figsize=(tile * sum(ratios) + 1.0, len(pictures) * (len(layers) * tile + 0.45)),
         layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02),
     )
     blocks = figure.subfigures(len(pictures), 1, squeeze=False)[:, 0]
-    for block, picture, one in zip(blocks, pictures, seen, strict=True):
+    for block, picture, name, one in zip(blocks, pictures, names, seen, strict=True):
         places = block.add_gridspec(len(layers), len(ratios), width_ratios=ratios)
         axes = block.add_subplot(places[:, 0])
         axes.imshow(picture)
         axes.set_axis_off()
-        axes.set_title(f'image, {one.grid[0]}x{one.grid[1]} patches', fontsize=8)
-        grey = np.asarray(picture.convert('L'))
-        extent = (0, picture.width, picture.height, 0)
+        axes.set_title(name, fontsize=8)
         for row, layer in enumerate(layers):
-            mean = one.attention[layer][0].mean(dim=0).numpy()  # (T, T)
-            tokens = [0, *range(len(mean) - head_tokens, len(mean))]
-            patches = slice(one.num_prefix, len(mean) - head_tokens)
-            for column, token in enumerate(tokens, 1):
-                axes = block.add_subplot(places[row, column])
-                axes.imshow(grey, cmap='gray', extent=extent)
-                heat = mean[token, patches].reshape(one.grid)
-                axes.imshow(heat, cmap='inferno', alpha=0.65, interpolation='bicubic', extent=extent)
-                axes.set(xticks=[], yticks=[])
-                if column == 1:
-                    axes.set_ylabel(f'layer {layer}', fontsize=8)
-                if row == 0:
-                    axes.set_title(titles[column - 1], fontsize=8)
-            axes = block.add_subplot(places[row, maps + 1])
-            broad = max(len(mean) // 40, 1)  # a few tokens among hundreds would not be seen
-            counts = np.full(len(mean), 1)
-            counts[: patches.start] = counts[patches.stop :] = broad
-            shown = mean.repeat(counts, axis=0).repeat(counts, axis=1)
-            axes.imshow(shown, cmap='viridis', vmin=0, vmax=np.quantile(mean, 0.995), interpolation='nearest')
-            for edge in (patches.start * broad - 0.5, len(shown) - head_tokens * broad - 0.5):
-                axes.axvline(edge, color='white', linewidth=0.6)
-                axes.axhline(edge, color='white', linewidth=0.6)
-            axes.set(xticks=[], yticks=[])
-            if row == 0:
-                axes.set_title(titles[maps], fontsize=8)
-            weight = one.channels[layer]
-            if weight is not None:
-                axes = block.add_subplot(places[row, maps + 2])
-                values = weight[0].numpy()
-                axes.bar(range(len(values)), values, width=1.0, color='#4c78a8')
-                axes.axhline(0, color='black', linewidth=0.5)
-                axes.set(xticks=[], xlim=(-0.5, len(values) - 0.5))
-                axes.tick_params(labelsize=6, pad=1)
-                axes.yaxis.tick_right()
-                if row == 0:
-                    axes.set_title(titles[-1], fontsize=8)
-    figure.savefig(file, format='png', dpi=110)
-    pyplot.close(figure)
+            panels = [block.add_subplot(places[row, column]) for column in range(1, len(ratios))]
+            draw_layer(block, panels, picture, one, layer)
+            for axes, title in zip(panels, titles if row == 0 else (), strict=False):
+                axes.set_title(title, fontsize=8)
+    set_fonts(figure)
+    return figure
 
 
 def attention(args: argparse.Namespace) -> None:
-    model, (height, width) = load_attentive(args.checkpoint, tuple(args.size) if args.size else None)
+    model, classes, (height, width) = load_attentive(args.checkpoint, tuple(args.size) if args.size else None)
     layers = choose_layers(args.layers, len(model.blocks))
     pictures, seen = [], []
     scale = max(1, -(-240 // height))  # shown in more detail than the model sees
@@ -269,8 +267,13 @@ def attention(args: argparse.Namespace) -> None:
         pixels = pixels_to.to_dtype(pixels_to.pil_to_tensor(fitted), scale=True)
         seen.append(look(model, pixels_to.normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)[None]))
         pictures.append(ImageOps.fit(image, (width * scale, height * scale), Image.Resampling.BICUBIC))
-    out = write_png(args.out or 'attention.png', lambda file: draw_attention(file, pictures, seen, layers))
-    print(f'{out}: {len(pictures)} images of {height}x{width} px, layers {", ".join(map(str, layers))}')
+    best = [one.probabilities[0].max(dim=0) for one in seen]
+    shown, _ = drawable(classes)
+    names = [f'{shorten_text(shown[index], 30)}, {value:.1%}' for value, index in best]
+    sheet = draw_attention(pictures, names, seen, layers)
+    out = write_png(args.out or 'attention.png', partial(sheet.savefig, format='png', dpi=110))
+    print(f'{out}: {len(pictures)} images of {height}x{width} px, layers {", ".join(map(str, layers))}; '
+          f'predicted: {", ".join(classes[index] for _, index in best)}')  # fmt: skip
 
 
 # EViT
@@ -331,8 +334,8 @@ def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]]
             label = 'image'
             if number is not None:
                 cells = state[number]
-                shade = np.kron(np.vectorize(SHADES.get)(cells), np.ones((size // len(cells), size // len(cells))))
-                found = {name: int((cells == kind).sum()) for kind, name in NAMES.items()}
+                shade = np.kron(SHADES[cells], np.ones((size // len(cells), size // len(cells))))
+                found = {name: int((cells == kind).sum()) for kind, name in enumerate(NAMES)}
                 label = f'block {number}: ' + ', '.join(f'{count} {name}' for name, count in found.items() if count)
             pen.text((left, top), label, fill='black')
             sheet.paste(Image.fromarray((picture * shade[..., None]).astype(np.uint8)), (left, top + LABEL))
@@ -359,12 +362,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors('visualize.py'):
-        given = {'--layers': args.layers, '--size': args.size}
-        if args.what == 'attention':
-            given = {'--base_keep_rate': args.base_keep_rate, '--fuse_token': args.fuse_token or None}
-        for flag, value in given.items():
-            if value is not None:
-                raise UsageError(f'{flag} is not for {args.what}')
+        for name in ('base_keep_rate', 'fuse_token') if args.what == 'attention' else ('layers', 'size'):
+            if getattr(args, name):
+                raise UsageError(f'--{name} is not for {args.what}')
         (attention if args.what == 'attention' else evit_mask)(args)
 
 
