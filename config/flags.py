@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from datasets import DATA_SETS, find_name
-from pipeline.layouts import INAT_CATEGORIES
+from pipeline.inaturalist import INAT_CATEGORIES
 from utils import UsageError, num_usable_cores
 
 
