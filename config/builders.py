@@ -9,16 +9,10 @@ import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from config.arguments import mixes_images
-from config.models import (
-    check_output,
-    create_model,
-    distribute,
-    keeps_tokens_by_rate,
-    recompute_blocks,
-    synchronize_stem,
-)
+from config.models import check_output, create_model, keeps_tokens_by_rate, recompute_blocks, synchronize_stem
 from config.recall import EVIT_FLAGS
 from config.teachers import DEFAULT_TEACHER, create_teacher
 from datasets import Splits
@@ -98,7 +92,13 @@ def prepare_training(args: argparse.Namespace, model: nn.Module, process: Proces
     if process.world_size == 1:
         return model
     synchronize_stem(model, device)
-    return distribute(model, device, accum_steps=args.accum_steps)
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == 'cuda' else None,
+        broadcast_buffers=False,  # the main process's are the ones that are evaluated and saved
+        gradient_as_bucket_view=True,
+        static_graph=args.accum_steps == 1,  # the same graph at each step, which PyTorch makes use of
+    )
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, device: torch.device) -> Any:
