@@ -7,9 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import yaml
+
 from datasets import DATA_SETS, find_name
 from pipeline.inaturalist import INAT_CATEGORIES
-from utils import UsageError, num_usable_cores
+from utils import InputError, UsageError, num_usable_cores
+
+MOST_BYTES = 2**20  # of a file of settings
+MOST_LEVELS = 20
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -38,6 +43,34 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
+
+
+def read_mapping(path: str) -> dict[Any, Any]:
+    """The mapping that a YAML file holds, of plain values.
+
+    Raises:
+        InputError: if it holds anything else, or is too large. Aliases are refused: a few make a value of any size.
+        OSError: if it cannot be opened.
+    """
+    with open(path, 'rb') as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise InputError(f'{path} has more than {MOST_BYTES} bytes: it is no file of settings')
+    try:
+        text = data.decode()
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MOST_LEVELS:
+                what = 'an alias (*)' if depth <= MOST_LEVELS else f'more than {MOST_LEVELS} levels'
+                raise InputError(f'{path} has {what}: write plain values')
+        found = yaml.safe_load(text)
+        repr(found)  # fails for a whole number too large to be written
+    except (yaml.YAMLError, ValueError) as err:
+        raise InputError(f'{path} is not YAML of plain values: {" ".join(str(err).split())[:200]}') from None
+    if not isinstance(found, dict):
+        raise InputError(f'{path} does not hold settings, a line each: name: value')
+    return found
 
 
 def number(kind: type, *, low: float, high: float = float('inf'), low_open: bool = False) -> Callable[[str], Any]:

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from config.flags import FlagParser
+from config.flags import FlagParser, read_mapping
 from config.models import EVIT_ARGUMENTS, keeps_tokens_by_rate
 from training import checkpoint as ckpt
 from training.output import holds_run
@@ -24,36 +22,6 @@ RECALLED_FLAGS = (  # with --eval, these
     *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp'),
     *('data_set', 'data_path', *LAYOUT_FLAGS, *EVIT_FLAGS),
 )
-MOST_BYTES = 2**20  # of a file of settings
-MOST_LEVELS = 20
-
-
-def _read_mapping(path: str) -> dict[Any, Any]:
-    """The mapping that a YAML file holds, of plain values.
-
-    Raises:
-        InputError: if it holds anything else, or is too large. Aliases are refused: a few make a value of any size.
-        OSError: if it cannot be opened.
-    """
-    with open(path, 'rb') as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise InputError(f'{path} has more than {MOST_BYTES} bytes: it is no file of settings')
-    try:
-        text = data.decode()
-        depth = 0
-        for event in yaml.parse(text):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > MOST_LEVELS:
-                what = 'an alias (*)' if depth <= MOST_LEVELS else f'more than {MOST_LEVELS} levels'
-                raise InputError(f'{path} has {what}: write plain values')
-        found = yaml.safe_load(text)
-        repr(found)  # fails for a whole number too large to be written
-    except (yaml.YAMLError, ValueError) as err:
-        raise InputError(f'{path} is not YAML of plain values: {" ".join(str(err).split())[:200]}') from None
-    if not isinstance(found, dict):
-        raise InputError(f'{path} does not hold settings, a line each: name: value')
-    return found
 
 
 def config_flags(parser: FlagParser, path: str) -> list[str]:
@@ -67,7 +35,7 @@ def config_flags(parser: FlagParser, path: str) -> list[str]:
     actions = {name[2:].replace('-', '_'): action for name, action in parser._option_string_actions.items()}
     names = actions.keys() - {'', 'help', 'config'}
     settings: dict[str, Any] = {}
-    for key, value in _read_mapping(path).items():
+    for key, value in read_mapping(path).items():
         name = str(key).replace('-', '_')
         if name == 'derived':
             continue
