@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from pipeline.file_dataset import ArrayDataset, FileDataset
 from pipeline.images import ImageDataset, Transform
-from pipeline.layouts import Layout, find_folders, find_inaturalist, find_listed, find_lists, has_folders, note_lacking
+from pipeline.inaturalist import find_inaturalist
+from pipeline.layouts import Layout, find_folders, find_listed, find_lists, has_folders, note_lacking
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from utils import InputError, UsageError, one_line, shorten
 
@@ -223,7 +225,7 @@ def _find_layout(source: DataSource, *, train: bool) -> Layout:
     lists = find_lists(root, domain) if by_lists else None
     folder = root / name if domain and not has_folders(root, train=train) else root
     folders = has_folders(folder, train=train)
-    complete = lists is not None and lists.train.is_file() and lists.test.is_file()
+    complete = lists is not None and lists.train.is_file() and lists.val.is_file()
     if source.layout == 'auto' and folders and not complete:
         lists = None  # a list alone says nothing about the folders beside it
     if lists is None:
@@ -272,12 +274,9 @@ def _open_splits(
         opened = [records for records in (train_records, val_records) if records is not None]
         notes = [note for r in opened for note in note_lacking(r.file, r.targets.tolist(), r.classes)]
         return train_records, val_records, notes
-    if source.kind == 'digits':
-        return load_digits(train=True) if train else None, load_digits(train=False), []
-    if source.kind == 'cifar':
-        root = Path(source.path)
-        train_arrays = _load_cifar(source.name, root, train=True) if train else None
-        return train_arrays, _load_cifar(source.name, root, train=False), []
+    if source.kind in ('digits', 'cifar'):
+        load = load_digits if source.kind == 'digits' else partial(_load_cifar, source.name, Path(source.path))
+        return load(train=True) if train else None, load(train=False), []
     layout = _find_layout(source, train=train)
     train_files = FileDataset(layout.train, layout.classes, on_bad_image=in_train) if layout.train else None
     return train_files, FileDataset(layout.val, layout.classes, on_bad_image=in_val), layout.notes

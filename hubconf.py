@@ -15,23 +15,21 @@ dependencies = ['torch', 'timm', 'einops', 'safetensors', 'numpy', 'tqdm']
 
 _ROOT = _pathlib.Path(__file__).resolve().parent
 _ALIAS = 'dhvt_hub_models'
+_FOLDERS = ('models', 'config', 'training', 'pipeline')
 
 
 def _is_ours(module: _types.ModuleType) -> bool:
     file = getattr(module, '__file__', None)
     # The folder may also hold a virtual environment.
-    folders = (_ROOT / name for name in ('models', 'config', 'training', 'pipeline'))
-    return file is not None and _pathlib.Path(file).resolve().parent in (_ROOT, *folders)
+    return file is not None and _pathlib.Path(file).resolve().parent in (_ROOT, *map(_ROOT.joinpath, _FOLDERS))
 
 
 def _load_models() -> _types.ModuleType:
     """The package models, under a name of its own: the program that asks for a model may have another `models`."""
-    loaded = _sys.modules.get('models')
-    if loaded is not None and _is_ours(loaded):
-        return loaded
-    loaded = _sys.modules.get(_ALIAS)
-    if loaded is not None and _is_ours(loaded):
-        return loaded
+    for name in ('models', _ALIAS):
+        loaded = _sys.modules.get(name)
+        if loaded is not None and _is_ours(loaded):
+            return loaded
     folder = _ROOT / 'models'
     spec = _util.spec_from_file_location(_ALIAS, folder / '__init__.py', submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
@@ -45,7 +43,7 @@ _models = _load_models()
 
 def _import_trained() -> _types.ModuleType:
     """config/pretrained.py, without a trace in sys.modules, where its and its imports' short names may be another's."""
-    ours = {path.stem for path in _ROOT.glob('*.py')} | {'tools', 'models', 'config', 'training', 'pipeline', 'reports'}
+    ours = {*_FOLDERS, *(path.stem for path in _ROOT.glob('*.py'))}
     found = {name: module for name, module in _sys.modules.items() if name.partition('.')[0] in ours}
     others = {name: module for name, module in found.items() if not _is_ours(module)}
     for name in others:
@@ -86,10 +84,5 @@ def _entry_point(name: str, create: _typing.Callable[..., _typing.Any]) -> _typi
     return entry_point
 
 
-def _entry_points() -> dict[str, _typing.Callable[..., _typing.Any]]:
-    modules = [getattr(_models, name) for name in _models.__all__]
-    names = [(module, name) for module in modules for name in module.default_cfgs]
-    return {name: _entry_point(name, getattr(module, name)) for module, name in names}
-
-
-globals().update(_entry_points())
+for _module in (getattr(_models, _name) for _name in _models.__all__):
+    globals().update({_name: _entry_point(_name, getattr(_module, _name)) for _name in _module.default_cfgs})

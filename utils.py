@@ -1,16 +1,13 @@
-"""Distributed set-up, console output and small helpers that every other module may use."""
+"""Errors, seeds, ranks, console output and small helpers that every other module may use."""
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, Generic, Protocol, TextIO, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -120,67 +117,6 @@ def share_batchnorm_statistics(model: nn.Module) -> None:
 # Console
 
 
-class LostStream:
-    """Standard output or error that may go away (`| head`, a closed terminal, a full disk) without an error.
-
-    Where its reader is gone, what is written is dropped from then on, after a warning on the other stream. On a full
-    disk the text waits until there is room.
-
-    Args:
-        stream: what it stands for; None where the process was started without it.
-        name: for the warning.
-        warn: called with the warning.
-    """
-
-    def __init__(self, stream: TextIO | None, name: str, warn: Callable[[str], object]) -> None:
-        self.stream = open(os.devnull, 'w') if stream is None else stream  # noqa: SIM115  stays open
-        self._name = name
-        self._warn = warn
-        self._lost = False
-        if isinstance(self.stream, io.TextIOWrapper):
-            self.stream.reconfigure(errors='backslashreplace')  # names of files may be anything
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except (OSError, ValueError) as err:  # ValueError: the stream is closed
-            if self._lost or (isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT)):
-                return
-            self._lost = True
-            with suppress(OSError, ValueError):  # what the buffer still holds goes nowhere, without an error at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            self._warn(f'Warning: {self._name} is gone ({one_line(err)}); the program goes on\n')
-
-
-@contextmanager
-def safe_console() -> Iterator[None]:
-    """Lets its body outlive the standard streams: a program's work does not depend on who reads what it prints."""
-    streams = sys.stdout, sys.stderr
-    for descriptor in (0, 1, 2):  # else the next file that is opened would be taken for a closed one of these
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = LostStream(streams[0], 'standard output', lambda text: sys.stderr.write(text))
-    sys.stderr = LostStream(streams[1], 'standard error', lambda text: sys.stdout.write(text))
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = streams
-
-
 def log(message: str) -> None:
     """Prints a line on the main process, above a progress bar if there is one."""
     if is_main_process():
@@ -195,10 +131,7 @@ class SizedLoader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-LoaderT = TypeVar('LoaderT', bound=SizedLoader)
-
-
-class ProgressBar(Generic[LoaderT]):
+class ProgressBar:
     """Iterates over a loader and shows how far it is: a bar on a terminal, a plain line every few steps elsewhere.
 
     Args:
@@ -208,35 +141,35 @@ class ProgressBar(Generic[LoaderT]):
         first: the number of the first step, where an epoch goes on.
     """
 
-    def __init__(self, loader: LoaderT, *, header: str, print_freq: int, first: int = 0) -> None:
+    bar: tqdm
+
+    def __init__(self, loader: SizedLoader, *, header: str, print_freq: int, first: int = 0) -> None:
         self.loader = loader
         self.header = header
         self.print_freq = print_freq
-        self.first = first
+        self.first = self.step = first
         self.steps = first + len(loader)
-        self.step = first
         self.images = 0  # that all processes have seen, counted by the loop
         self.data_time = 0.0  # seconds spent waiting for the loader
         self.start = time.perf_counter()
-        self.bar: tqdm | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        if is_main_process() and sys.stdout.isatty():
-            self.bar = tqdm(
-                total=self.steps, initial=self.first, desc=self.header, file=sys.stdout, leave=False, dynamic_ncols=True
-            )
-        self.start = asked = time.perf_counter()
-        try:
+        with tqdm(
+            desc=self.header,
+            total=self.steps,
+            initial=self.first,
+            disable=None if is_main_process() else True,  # None: unless on a terminal
+            file=sys.stdout,
+            leave=False,
+            dynamic_ncols=True,
+        ) as self.bar:
+            self.start = asked = time.perf_counter()
             for step, batch in enumerate(self.loader, start=self.first):
                 self.step = step
                 self.data_time += time.perf_counter() - asked
                 yield batch
-                if self.bar is not None:
-                    self.bar.update()
+                self.bar.update()
                 asked = time.perf_counter()
-        finally:
-            if self.bar is not None:
-                self.bar.close()
 
     @property
     def seconds(self) -> float:
@@ -250,7 +183,7 @@ class ProgressBar(Generic[LoaderT]):
         """Shows values at this step, and images per second."""
         rate = self.images / max(self.seconds, 1e-9)
         text = '  '.join(f'{name} {value}' for name, value in values.items())
-        if self.bar is not None:
+        if not self.bar.disable:
             self.bar.set_postfix_str(f'{text}  {rate:.0f} images/s')
         elif is_main_process():
             left = self.seconds / (self.step + 1 - self.first) * (self.steps - self.step - 1)

@@ -7,26 +7,17 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from config.flags import AMOUNT, COUNT, FROM_ONE, PART, POSITIVE, PROBABILITY, SEED, FlagParser, add_data_flags
 from config.models import keeps_tokens_by_rate
-from training import checkpoint as ckpt
+from config.recall import config_flags, recalled_flags
+from config.recall import stored_flags as stored_flags  # from here too
 from training.output import holds_run
-from training.weights import stored_args
-from utils import InputError, UsageError
+from utils import UsageError
 
-# With --eval, flags that are not given are taken from the run that wrote the checkpoint.
-RECALLED_FLAGS = (
-    *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp'),
-    *('data_set', 'data_path', 'data_layout', 'inat_category', 'use_lmdb'),
-    *('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs'),
-)
-MODEL_FLAGS = ('model', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'drop_loc')  # with --finetune, these are
-LAYOUT_FLAGS = ('data_layout', 'inat_category', 'use_lmdb')
-EVIT_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
 TEACHER_FLAGS = ('distillation_alpha', 'distillation_tau', 'teacher_model', 'teacher_path')
 
 EXAMPLES = """examples:
@@ -97,9 +88,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it in host memory')
 
     group = parser.add_argument_group('token reorganisation', 'of EViT, the models named deit_…_shrink_base')
-    group.add_argument(
-        '--base_keep_rate', type=PART, help='part of the patch tokens that a shrinking block keeps (0.7)'
-    )
+    group.add_argument('--base_keep_rate', type=PART, help='part of the patch tokens that a shrinking block keeps '
+                       '(0.7)')  # fmt: skip
     group.add_argument('--fuse_token', action=switch, help='fuse the others into one (they are dropped by default)')
     group.add_argument('--drop_loc', nargs='+', type=_blocks, metavar='BLOCK', help='the shrinking blocks (3 6 9)')
     group.add_argument('--shrink_start_epoch', type=COUNT, help='epoch from which the keep rate falls from 1 (10)')
@@ -110,9 +100,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--distillation-alpha', type=PROBABILITY, help="weight of the teacher's part (0.5)")
     group.add_argument('--distillation-tau', type=POSITIVE, help='temperature of soft distillation (1)')
     group.add_argument('--teacher-model', help="a name of timm's registry (regnety_160)")
-    group.add_argument(
-        '--teacher-path', metavar='FILE', help="path or URL of its checkpoint; timm's weights if not given"
-    )
+    group.add_argument('--teacher-path', metavar='FILE', help="path or URL of its checkpoint; timm's weights if not "
+                       'given')  # fmt: skip
 
     group = parser.add_argument_group('optimizer')
     group.add_argument('--opt', default='adamw', help="a name of timm's optimizers")
@@ -160,15 +149,13 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--mixup-prob', default=1.0, type=PROBABILITY, help='of either')
     group.add_argument('--mixup-switch-prob', default=0.5, type=PROBABILITY, help='of cutmix where both are on')
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
-
     group.add_argument('--augment', default='auto', choices=('auto', 'pil', 'batched'), help='images one by one in '
                        'PIL, or whole batches on the device; auto takes what is faster')  # fmt: skip
     group.add_argument('--augment-exact', action='store_true', help="batched: timm's pixels to the bit, more slowly")
 
     group = parser.add_argument_group('data')
-    group.add_argument(
-        '--data-path', default='data', type=os.path.abspath, help='folder of train/ and val/, or where CIFAR is put'
-    )
+    group.add_argument('--data-path', default='data', type=os.path.abspath, help='folder of train/ and val/, or where '
+                       'CIFAR is put')  # fmt: skip
     add_data_flags(group, default='IMNET')
     group.add_argument('--use-lmdb', action=switch, default=False, help="read --data-path's train.lmdb and val.lmdb, "
                        'which folder2lmdb.py writes')  # fmt: skip
@@ -196,17 +183,12 @@ def get_args_parser() -> FlagParser:
     group.add_argument('-c', '--config', default=argparse.SUPPRESS, metavar='FILE', help="flags from a YAML file, such "
                        "as a run's args.yaml; those of the command line win")  # fmt: skip
     group.add_argument('--output_dir', default='', help='folder for checkpoints and logs; none by default')
-    group.add_argument(
-        '--finetune',
-        default='',
-        metavar='FILE',
-        help="path or URL of the weights to start from, or a run's folder; the model is theirs unless given",
-    )
+    group.add_argument('--finetune', default='', metavar='FILE', help='path or URL of the weights to start from, or a '
+                       "run's folder; the model is theirs unless given")  # fmt: skip
     group.add_argument('--allow-partial', action='store_true', help='start although most of the model is not in '
                        '--finetune')  # fmt: skip
-    group.add_argument(
-        '--resume', default='', metavar='FILE', help="path or URL of the checkpoint to go on from, or a run's folder"
-    )
+    group.add_argument('--resume', default='', metavar='FILE', help='path or URL of the checkpoint to go on from, or a '
+                       "run's folder")  # fmt: skip
     group.add_argument('--auto-resume', action=switch, default=False, help="go on from --output_dir's newest whole "
                        'checkpoint, if there is one')  # fmt: skip
     group.add_argument('--force-resume', action='store_true', help='go on although arguments or data differ from the '
@@ -238,7 +220,6 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
     group.add_argument('--amp', default='auto', choices=('auto', 'off', 'fp16', 'bf16'),
                        help='mixed precision: auto is bf16 where the hardware has it, else fp16 on GPUs')  # fmt: skip
-
     group.add_argument('--compile', default='off', choices=('off', 'default', 'reduce-overhead', 'max-autotune'),
                        help="torch.compile's mode for the training step")  # fmt: skip
     group.add_argument('--channels-last', action=switch, help='channels innermost in memory; where it pays by default')
@@ -251,40 +232,6 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--timeout', default=1800, type=POSITIVE, metavar='SECONDS', help='longest wait for another '
                        'process of the group, or for a batch from a loader process')  # fmt: skip
     return parser
-
-
-def stored_flags(
-    stored: Mapping[str, Any], names: Sequence[str] = RECALLED_FLAGS, source: str = 'the checkpoint'
-) -> list[str]:
-    """Some flags of a run as they would be typed, so that the parser checks them like any others.
-
-    Raises:
-        InputError: for a value that would be taken for more than a flag's value.
-    """
-    flags: list[str] = []
-    for name in names:
-        value = stored.get(name)
-        words: list[str] | None = None
-        try:
-            if name == 'model_kwargs' and value is not None:
-                pairs = value.items() if isinstance(value, Mapping) else value
-                words = [f'{key}={setting!r}' for key, setting in pairs]
-            elif name == 'checkpoint_every' and isinstance(value, (list, tuple)):
-                kind, amount = value
-                words = [f'{amount:.9g}m' if kind == 'minutes' else f'{amount:.0f}']
-            elif isinstance(value, (list, tuple)):
-                words = [str(item) for item in value]
-        except (TypeError, ValueError):
-            words = ['-']
-        if words is not None:
-            if any(word.startswith('-') for word in words):
-                raise InputError(f'{source} has {value!r:.40} as {name}: it is not of this program')
-            flags += [f'--{name}', *words]
-        elif isinstance(value, bool):
-            flags.append(f'--{name}' if value else f'--no-{name}')
-        elif value is not None:
-            flags.append(f'--{name}={value}')
-    return flags
 
 
 def mixes_images(args: argparse.Namespace) -> bool:
@@ -303,8 +250,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     typed = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(typed)
     if 'config' in args:
-        settings = parser.settings_of(args.config)
-        typed = [*stored_flags(settings, tuple(settings), args.config), *typed]
+        typed = [*config_flags(parser, args.config), *typed]
         args = parser.parse_args(typed)
     if args.start_epoch and args.resume:
         raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
@@ -315,37 +261,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         check_args(args)
     vars(args).pop('config', None)  # what it said is in the others
     return args
-
-
-def recalled_flags(args: argparse.Namespace, typed: set[str]) -> list[str]:
-    """What the run that wrote a checkpoint says in place of flags that are not typed.
-
-    Args:
-        typed: names of flags, with hyphens.
-
-    Raises:
-        InputError: if the checkpoint cannot be read.
-        UsageError: if it does not say its model, and the flags do not either.
-    """
-    if args.eval and args.resume:
-        stored = stored_args(ckpt.load(args.resume))
-        if '--data-set' in typed:  # how the other one lies says nothing about this one
-            stored = {name: value for name, value in stored.items() if name not in LAYOUT_FLAGS}
-        elif typed & {'--use-lmdb', '--no-use-lmdb'}:
-            stored = {**stored, 'data_layout': None}
-        if '--model' in typed and not keeps_tokens_by_rate(args.model):
-            stored = {name: value for name, value in stored.items() if name not in EVIT_FLAGS}
-        return stored_flags(stored)
-    if not args.finetune:
-        return []
-    goes_on = args.auto_resume and holds_run(Path(args.output_dir)) and not Path(args.finetune).exists()
-    stored = stored_args(ckpt.load(args.output_dir if goes_on else args.finetune, newest=goes_on))
-    name = stored.get('model')
-    if '--model' in typed:
-        return stored_flags(stored, MODEL_FLAGS[1:]) if name == args.model else []
-    if not isinstance(name, str):
-        raise UsageError(f'{args.finetune} does not say which model it is of: give --model (MODEL=… for finetune.sh)')
-    return stored_flags(stored, MODEL_FLAGS)
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -6,19 +6,14 @@ import argparse
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from config.arguments import EVIT_FLAGS, mixes_images
-from config.models import (
-    check_output,
-    create_model,
-    distribute,
-    keeps_tokens_by_rate,
-    recompute_blocks,
-    synchronize_stem,
-)
+from config.arguments import mixes_images
+from config.models import check_output, create_model, keeps_tokens_by_rate, recompute_blocks, synchronize_stem
+from config.recall import EVIT_FLAGS
 from config.teachers import DEFAULT_TEACHER, create_teacher
 from datasets import Splits
 from losses import DistillationLoss, Teacher, balanced_class_weights, create_criterion
@@ -97,7 +92,13 @@ def prepare_training(args: argparse.Namespace, model: nn.Module, process: Proces
     if process.world_size == 1:
         return model
     synchronize_stem(model, device)
-    return distribute(model, device, accum_steps=args.accum_steps)
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == 'cuda' else None,
+        broadcast_buffers=False,  # the main process's are the ones that are evaluated and saved
+        gradient_as_bucket_view=True,
+        static_graph=args.accum_steps == 1,  # the same graph at each step, which PyTorch makes use of
+    )
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, device: torch.device) -> Any:
@@ -106,21 +107,13 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
     Raises:
         UsageError: if timm does not know it, or it refuses its arguments.
     """
-    kwargs: dict[str, Any] = {'eps': args.opt_eps}  # timm drops what an optimizer does not take
+    kwargs = {**optimizer_kwargs(args), 'lr': lr}  # timm drops what an optimizer does not take
     if args.opt_betas is not None:
         kwargs['betas'] = tuple(args.opt_betas)
     if args.opt in ('adam', 'adamw') and device.type in ('cuda', 'cpu'):
         kwargs['fused'] = True  # one kernel; on GPUs it skips steps that float16 spoils without a wait for the host
     try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=lr,
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            layer_decay=args.layer_decay,
-            **kwargs,
-        )
+        optimizer = create_optimizer_v2(model, **kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError) as err:
         raise UsageError(f'--opt {args.opt}: {one_line(err)}') from None
     if getattr(optimizer, 'is_second_order', False):
@@ -141,22 +134,5 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     if args.epochs <= args.warmup_epochs:
         log(f'Note: --epochs {args.epochs} is not above --warmup-epochs {args.warmup_epochs}: the schedule never '
             'reaches its rate; lower --warmup-epochs')  # fmt: skip
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        decay_epochs=args.decay_epochs,
-        patience_epochs=args.patience_epochs,
-        plateau_mode='min',  # of the test loss
-        decay_rate=args.decay_rate,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        noise=args.lr_noise,
-        noise_pct=args.lr_noise_pct,
-        noise_std=args.lr_noise_std,
-        noise_seed=args.seed,
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=updates_per_epoch,
-    )
-    return scheduler
+    kwargs = scheduler_kwargs(args, decreasing_metric=True)  # plateau looks at the test loss
+    return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)[0]

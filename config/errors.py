@@ -1,21 +1,83 @@
-"""Errors of one line, which every command ends with."""
+"""How every command ends: an error is one line, and a console that goes away is none."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
 
 from training.distributed import find_failed_process
-from utils import InputError, UsageError, get_rank, one_line, safe_console
+from utils import InputError, UsageError, get_rank, one_line
+
+
+class LostStream:
+    """Standard output or error that may go away (`| head`, a closed terminal, a full disk) without an error.
+
+    Where its reader is gone, what is written is dropped from then on, after a warning on the other stream. On a full
+    disk the text waits until there is room.
+
+    Args:
+        stream: what it stands for; None where the process was started without it.
+        name: for the warning.
+        warn: called with the warning.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str, warn: Callable[[str], object]) -> None:
+        self.stream = open(os.devnull, 'w') if stream is None else stream  # noqa: SIM115  stays open
+        self._name = name
+        self._warn = warn
+        self._lost = False
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors='backslashreplace')  # names of files may be anything
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except (OSError, ValueError) as err:  # ValueError: the stream is closed
+            if self._lost or (isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT)):
+                return
+            self._lost = True
+            with suppress(OSError, ValueError):  # what the buffer still holds goes nowhere, without an error at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self._warn(f'Warning: {self._name} is gone ({one_line(err)}); the program goes on\n')
+
+
+@contextmanager
+def safe_console() -> Iterator[None]:
+    """Lets its body outlive the standard streams: a program's work does not depend on who reads what it prints."""
+    streams = sys.stdout, sys.stderr
+    for descriptor in (0, 1, 2):  # else the next file that is opened would be taken for a closed one of these
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = LostStream(streams[0], 'standard output', lambda text: sys.stderr.write(text))
+    sys.stderr = LostStream(streams[1], 'standard error', lambda text: sys.stdout.write(text))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
 
 
 def leave(program: str, message: str, code: int, *, label: str = 'error') -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 
 from datasets import DATA_SETS, find_name
-from pipeline.layouts import INAT_CATEGORIES
+from pipeline.inaturalist import INAT_CATEGORIES
 from utils import InputError, UsageError, num_usable_cores
 
 MOST_BYTES = 2**20  # of a file of settings
@@ -41,35 +40,6 @@ class FlagParser(argparse.ArgumentParser):
             flag, equals, value = arg.partition('=')
             normal.append(spellings.get(flag.replace('_', '-'), flag) + equals + value if arg[:2] == '--' else arg)
         return super().parse_known_args(normal, namespace)
-
-    def settings_of(self, path: str) -> dict[str, Any]:
-        """What a YAML file says of this parser's flags, under their names with underscores, None and unset switches
-        left out. What a run derived of its flags, in its args.yaml, is passed over.
-
-        Raises:
-            InputError: if it is no such file.
-            UsageError: for a name that is no flag, or a value that none has.
-        """
-        actions = {name[2:].replace('-', '_'): action for name, action in self._option_string_actions.items()}
-        names = actions.keys() - {'', 'help', 'config'}
-        settings: dict[str, Any] = {}
-        for key, value in read_mapping(path).items():
-            name = str(key).replace('-', '_')
-            if name == 'derived':
-                continue
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                raise UsageError(f'{path}: there is no flag {key!r}' + ''.join(f' (is {flag} meant?)' for flag in near))
-            switch, choices = actions[name].nargs == 0, actions[name].choices or ()
-            if not isinstance(value, (str, int, float, list, dict, type(None))) or (
-                switch and not isinstance(value, (bool, type(None)))
-            ):
-                raise UsageError(f'{path}: {key} cannot be {value!r:.40}' + ', but true or false' * switch)
-            if value is False and 'off' in choices:
-                value = 'off'  # which YAML takes for a false
-            if value is not None and (value is not False or not switch or f'no_{name}' in names):
-                settings[name] = value
-        return settings
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f'{self.prog}: error: {message} (see {self.prog} --help)\n')

@@ -9,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from models import ablations, evit  # and all models are registered with timm
 from models.dhvt import PointwiseConv
@@ -167,19 +166,3 @@ def recompute_blocks(model: nn.Module, name: str) -> None:
         model.set_grad_checkpointing()  # type: ignore[operator]
     except (AttributeError, AssertionError, TypeError, NotImplementedError):
         raise UsageError(f'--grad-checkpointing: {name} cannot compute its blocks again') from None
-
-
-def distribute(model: nn.Module, device: torch.device, *, accum_steps: int) -> DistributedDataParallel:
-    """The model as the processes of a group train it together.
-
-    Gradients are views of the buckets that are summed. Buffers are not sent at each step: the main process's are the
-    ones that are evaluated and saved. The graph is the same at each step, which PyTorch makes use of unless gradients
-    are accumulated.
-    """
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == 'cuda' else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        static_graph=accum_steps == 1,
-    )

@@ -37,12 +37,7 @@ REBUILD = 'build it again with folder2lmdb.py --overwrite'
 HEADER, INDEX = b'header', b'index'  # after the numbers, whose first bytes are zero
 TABLE = pa.schema([('path', pa.large_binary()), ('label', pa.int32()), ('size', pa.int64()), ('crc32', pa.uint32())])
 
-
 _key = struct.Struct('>Q').pack
-
-
-def _reason(error: lmdb.Error, path: Path) -> str:
-    return one_line(error).removeprefix(f'{path}: ')
 
 
 # Reading
@@ -204,7 +199,8 @@ def _open(path: Path) -> lmdb.Environment:
     except OSError as err:
         raise InputError(f'{where}: {err.strerror}') from None
     except lmdb.Error as err:
-        raise InputError(f'{where} is no LMDB database, or a damaged one ({_reason(err, where)}): {REBUILD}') from None
+        reason = one_line(err).removeprefix(f'{where}: ')
+        raise InputError(f'{where} is no LMDB database, or a damaged one ({reason}): {REBUILD}') from None
     page_size, pages = env.stat()['psize'], env.info()['last_pgno'] + 1
     size = where.stat().st_size
     if size < pages * page_size:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import main
-from config.arguments import get_args_parser, parse_args, stored_flags
+from config.arguments import get_args_parser, parse_args
+from config.recall import stored_flags
 from tests.conftest import PLAIN, SMALL_MODEL
 from utils import InputError, UsageError
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from config.arguments import parse_args, stored_flags
+from config.arguments import parse_args
 from config.builders import build_model, build_optimizer, build_scheduler
 from config.pretrained import load_trained
+from config.recall import stored_flags
 from main import main
 from tests.conftest import PLAIN
 from training import checkpoint as ckpt

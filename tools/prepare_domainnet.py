@@ -46,11 +46,7 @@ def _copy(source: Path, target: Path) -> None:
         write_file(target, lambda file: shutil.copyfileobj(original, file))
 
 
-METHODS: dict[str, Callable[[Path, Path], object]] = {
-    'hard link': _hard_link,
-    'symbolic link': _symlink,
-    'copy': _copy,
-}
+METHODS: dict[str, Callable[[Path, Path], object]] = {'hard link': _hard_link, 'symbolic link': _symlink, 'copy': _copy}
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EINVAL}
 
 
@@ -65,10 +61,8 @@ def get_args_parser() -> FlagParser:
 
 def find_domains(root: Path) -> list[str]:
     """The domains whose lists lie in a folder, or in a domain's folder below it."""
-    suffix = '_train.txt'
-    return sorted(
-        {path.name.removesuffix(suffix) for pattern in (f'*{suffix}', f'*/*{suffix}') for path in root.glob(pattern)}
-    )
+    lists = [*root.glob('*_train.txt'), *root.glob('*/*_train.txt')]
+    return sorted({path.name.removesuffix('_train.txt') for path in lists})
 
 
 def find_sources(root: Path, domain: str) -> tuple[Lists, zipfile.ZipFile | None]:
@@ -132,13 +126,13 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
     members = set(archive.namelist()) if archive is not None else set()
     jobs = [
         (name, folder / split / PurePosixPath(name).parent.name / PurePosixPath(name).name)
-        for split, source in (('train', 'train'), ('val', 'test'))
-        for name, _ in rows[source]
+        for split in ('train', 'val')
+        for name, _ in rows[split]
     ]
     expected = {target for _, target in jobs}
     if len(expected) < len(jobs):
         again = [str(target) for target, times in Counter(target for _, target in jobs).items() if times > 1]
-        raise InputError(f'{lists.train} and {lists.test.name} name {count(again, "file")} more than once')
+        raise InputError(f'{lists.train} and {lists.val.name} name {count(again, "file")} more than once')
     here = {name for name, _ in jobs if name in listing and (root / name).is_file()}  # no folders or broken links
     absent = [name for name, target in jobs if name not in here and name not in members and not target.is_file()]
     if absent:

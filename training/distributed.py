@@ -33,7 +33,7 @@ def _within(seconds: float, call: Callable[[], str]) -> str | None:
 
 def report_failure(rank: int, reason: str) -> None:
     """Tells the other processes why this one stops."""
-    store = get_store()
+    store = _store
 
     def tell() -> str:
         with suppress(Exception):  # the store may have gone with the process that held it
@@ -53,7 +53,7 @@ def find_failed_process(rank: int, error: BaseException, *, patience: float = 3.
         error: what the collective raised.
         patience: seconds that the others have to say something.
     """
-    reason, store = one_line(error), get_store()
+    reason, store = one_line(error), _store
     if store is None:
         return f'the group is broken ({reason})'
 
@@ -140,10 +140,6 @@ def _slurm_rendezvous(env: Mapping[str, str]) -> dict[str, str]:
 
 
 _store: dist.Store | None = None  # where processes leave words for each other
-
-
-def get_store() -> dist.Store | None:
-    return _store
 
 
 def _join_round(store: dist.Store, process: Process, timeout: float) -> str:
