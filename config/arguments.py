@@ -11,10 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from config.flags import AMOUNT, COUNT, FROM_ONE, PART, POSITIVE, PROBABILITY, SEED, FlagParser, add_data_flags
+from config.flags import (
+    AMOUNT,
+    COUNT,
+    FROM_ONE,
+    PART,
+    PIXELS,
+    POSITIVE,
+    PROBABILITY,
+    SEED,
+    FlagParser,
+    add_data_flags,
+)
 from config.models import keeps_tokens_by_rate
 from config.recall import config_flags, recalled_flags
-from config.recall import stored_flags as stored_flags  # from here too
 from training.output import holds_run
 from utils import UsageError
 
@@ -73,7 +83,7 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--model', default='dhvt_small_imagenet_patch16', help="a name of timm's registry")
     group.add_argument('--model-kwargs', default=[], nargs='*', type=_key_value, metavar='KEY=VALUE',
                        help="further arguments of the model's constructor")  # fmt: skip
-    group.add_argument('--input-size', default=224, type=FROM_ONE, help='image size in pixels')
+    group.add_argument('--input-size', default=224, type=PIXELS, help='image size in pixels')
     group.add_argument('--nb-classes', type=FROM_ONE, help="size of the head; the data set's by default")
     group.add_argument('--drop', default=0.0, type=PROBABILITY, help="dropout after attention's projection")
     group.add_argument('--drop-path', default=0.1, type=PROBABILITY, help='drop path rate of the last block')
@@ -306,6 +316,8 @@ def check_args(args: argparse.Namespace) -> None:
         (args.model_ema_warmup and not args.model_ema, '--model-ema-warmup needs the average: no --no-model-ema'),
         (args.sched_on_updates and args.sched == 'plateau',
          '--sched-on-updates is for schedules by time: plateau looks at the loss after each epoch'),
+        (args.export_safetensors and not args.export_safetensors.endswith('.safetensors'),
+         f'--export-safetensors {args.export_safetensors}: the name must end in .safetensors'),
         (args.allow_partial and not args.finetune, '--allow-partial needs --finetune FILE'),
         (args.force_resume and not (args.resume or args.auto_resume),
          '--force-resume needs --resume FILE or --auto-resume'),
@@ -314,6 +326,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UsageError(message)
     if trains and args.output_dir and not args.auto_resume:
         output = Path(args.output_dir)
-        goes_on = bool(args.resume) and Path(args.resume).resolve().parent == output.resolve()
+        source = Path(args.resume).resolve()
+        goes_on = bool(args.resume) and output.resolve() == (source if source.is_dir() else source.parent)
         if holds_run(output) and not goes_on:
             raise UsageError(f'{output} holds a run already: go on with --auto-resume, or choose another --output_dir')

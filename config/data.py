@@ -57,7 +57,7 @@ def load_splits(args: argparse.Namespace, process: Process, known_classes: Seque
     )
     downloads = source.kind == 'cifar' and not args.use_lmdb
     with in_turn(process) if downloads else nullcontext():
-        return build_datasets(
+        splits = build_datasets(
             source,
             train=not args.eval,
             num_classes=args.nb_classes,
@@ -67,6 +67,13 @@ def load_splits(args: argparse.Namespace, process: Process, known_classes: Seque
             train_fraction_seed=args.train_fraction_seed,
             known_classes=known_classes,
         )
+    if splits.train is not None and len(set(splits.train.targets.tolist())) == 1:
+        only = splits.train.classes[splits.train.target(0)]
+        raise InputError(
+            f'all training images in {args.data_path} are of one class, {only}: nothing is to be told apart. They are '
+            'read from <split>/<class>/<image>'
+        )
+    return splits
 
 
 def plan_batches(args: argparse.Namespace, splits: Splits, process: Process) -> TrainBatches | None:

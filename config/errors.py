@@ -106,6 +106,10 @@ def one_line_errors(program: str) -> Iterator[None]:
             if err.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
                 leave(program, f'{one_line(err)}: fewer --num_workers need less', 1)
             leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
+        except RuntimeError as err:  # how PyTorch says so
+            if "can't allocate memory" not in str(err):
+                raise
+            leave(program, 'out of memory: smaller batches or images need less', 1)
         except MemoryError:
             leave(program, 'out of memory: smaller batches, or fewer --num_workers, need less', 1)
         except KeyboardInterrupt:

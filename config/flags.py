@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -13,6 +14,7 @@ from datasets import DATA_SETS, find_name
 from pipeline.inaturalist import INAT_CATEGORIES
 from utils import InputError, UsageError, num_usable_cores
 
+MOST_PIXELS = 8192  # of an image's side
 MOST_BYTES = 2**20  # of a file of settings
 MOST_LEVELS = 20
 
@@ -52,6 +54,8 @@ def read_mapping(path: str) -> dict[Any, Any]:
         InputError: if it holds anything else, or is too large. Aliases are refused: a few make a value of any size.
         OSError: if it cannot be opened.
     """
+    if Path(path).is_fifo():  # which would be waited for
+        raise InputError(f'{path} is a named pipe, and no file')
     with open(path, 'rb') as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -90,6 +94,7 @@ def number(kind: type, *, low: float, high: float = float('inf'), low_open: bool
 
 
 COUNT, FROM_ONE = number(int, low=0), number(int, low=1)
+PIXELS = number(int, low=1, high=MOST_PIXELS)
 AMOUNT, POSITIVE = number(float, low=0.0), number(float, low=0.0, low_open=True)
 PROBABILITY, PART = number(float, low=0.0, high=1.0), number(float, low=0.0, high=1.0, low_open=True)
 SEED = number(int, low=0, high=2**31 - 1)

@@ -14,6 +14,7 @@ from models import ablations, evit  # and all models are registered with timm
 from models.dhvt import PointwiseConv
 from utils import UsageError, one_line
 
+MOST_BLOCKS, MOST_SIZE = 1000, 1_000_000  # of a model: more would be built for hours
 EVIT_ARGUMENTS = ('base_keep_rate', 'fuse_token', 'drop_loc')
 
 
@@ -22,6 +23,12 @@ def _is_plain(value: Any, depth: int = 4) -> bool:
     if isinstance(value, (list, tuple)):
         return depth > 0 and len(value) <= 1000 and all(_is_plain(item, depth - 1) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    """Those that a value is, or has in a list."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [entry for entry in values if isinstance(entry, int)]
 
 
 def constructor_arguments(model: nn.Module) -> set[str]:
@@ -51,6 +58,8 @@ def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
     for key, value in kwargs.items():
         if key not in known:
             raise UsageError(f'{name} refuses its arguments: {key} is refused, its constructor has none of that name')
+        if any(size > (MOST_BLOCKS if key == 'depth' else MOST_SIZE) for size in _whole_numbers(value)):
+            raise UsageError(f'{name} refuses its arguments: {key} is refused, {value!r:.20} is too large')
         if not _is_plain(value):
             raise UsageError(f'{name} refuses its arguments: {key} is refused, it is no plain value')
 

@@ -11,10 +11,11 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from config.models import check_kwargs, constructor_arguments, evit_kwargs, new_model
+from config.flags import MOST_PIXELS
+from config.models import check_kwargs, constructor_arguments, evit_kwargs, keeps_tokens_by_rate, new_model
 from models.folding import fold_batchnorm
 from training import checkpoint as ckpt
-from training.weights import class_names, load_whole, model_weights, stored_args
+from training.weights import PREFIXES, class_names, load_whole, model_weights, stored_args
 from utils import InputError, UsageError
 
 TOLERANCE = 1e-5  # of folding, as a part of the largest logit where that is above 1
@@ -48,8 +49,8 @@ def _size_of_head(name: str, weights: Mapping[str, Tensor]) -> int | None:
     classifier = cfg.classifier if cfg is not None else None
     if isinstance(classifier, (list, tuple)):
         classifier = classifier[0]
-    weight = weights.get(f'{classifier}.weight')
-    return None if weight is None else len(weight)
+    found = (weights.get(f'{prefix}{classifier}.weight') for prefix in ('', *PREFIXES))
+    return next((len(weight) for weight in found if weight is not None), None)
 
 
 def read_settings(
@@ -82,17 +83,28 @@ def read_settings(
     size = input_size or stored.get('input_size') or default_size
     if not isinstance(size, int):
         raise UsageError(f'{source} does not say the size of its images: give --input-size PIXELS')
+    if not 0 < size <= MOST_PIXELS:
+        raise InputError(f'{source} says that its images have {size} pixels: give --input-size PIXELS')
     try:
-        kwargs = {**dict(stored.get('model_kwargs') or []), **evit_kwargs(stored)}
+        kwargs = {
+            **dict(stored.get('model_kwargs') or []),
+            **(evit_kwargs(stored) if keeps_tokens_by_rate(name) else {}),
+        }
     except (TypeError, ValueError):
         raise InputError(f'{source} has model arguments that are not of this program') from None
     kwargs |= further or {}
+    if kwargs.pop('in_chans', 3) != 3:
+        raise InputError(f'{source} is of a model for images of other than three channels, which cannot be read here')
     if timm.is_model(name):
         check_kwargs(name, kwargs)
     classes = class_names(checkpoint, source) or []
     head = _size_of_head(name, weights) or stored.get('nb_classes') or len(classes)
     if head:
         kwargs['num_classes'] = head
+    if head and len(classes) > head:
+        raise InputError(
+            f'{source} names {len(classes)} classes, and its head has {head} rows: it is not of this program'
+        )
     # A head with more rows than the data had classes, and checkpoints of other programs, which name none.
     classes = [*classes, *map(str, range(len(classes), head or 0))]
     return Settings(name, kwargs, size, classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, stored)

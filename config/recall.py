@@ -106,7 +106,7 @@ def recalled_flags(args: argparse.Namespace, typed: set[str]) -> list[str]:
             without = LAYOUT_FLAGS
         elif typed & {'--use-lmdb', '--no-use-lmdb'}:
             without = ('data_layout',)
-        if '--model' in typed and not keeps_tokens_by_rate(args.model):
+        if not keeps_tokens_by_rate(args.model if '--model' in typed else str(stored.get('model'))):
             without += EVIT_FLAGS
         return stored_flags(stored, [name for name in RECALLED_FLAGS if name not in without])
     if not args.finetune:

@@ -16,12 +16,13 @@ import torch
 from sklearn import metrics
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from config.arguments import parse_args, stored_flags
+from config.arguments import parse_args
 from config.builders import build_model
 from config.data import load_splits, open_loaders
 from config.errors import explain
 from config.models import keeps_tokens_by_rate
 from config.pretrained import load_trained
+from config.recall import stored_flags
 from datasets import DATA_SETS
 from models.speed import count_macs
 from pipeline.images import ImageDataset

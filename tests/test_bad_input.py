@@ -30,9 +30,9 @@ from training.distributed import Process
 from training.weights import model_weights, stored_args
 from utils import InputError
 
-MANY = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SOME = settings(MANY, max_examples=120)
-FEW = settings(MANY, max_examples=40)  # whole runs; tests/test_schema.py has thousands of fields
+FEW = settings(MANY, max_examples=15)  # whole runs; tests/test_schema.py has thousands of fields
 
 ONE_EPOCH = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--epochs', '1', '--batch-size', '256']
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from config.arguments import parse_args
 from config.pretrained import load_trained
@@ -16,6 +17,7 @@ from main import main
 from tests.conftest import PLAIN
 from training import checkpoint as ckpt
 from training.weights import stored_args
+from utils import InputError
 
 DIGITS = [*PLAIN, '--data-set', 'DIGITS', '--batch-size', '256', '--epochs', '1', '--train-fraction', '0.2']
 WIDE = ['--model', 'dhvt_small_cifar_patch4', '--model-kwargs', 'embed_dim=24', 'depth=1', 'num_heads=3']
@@ -125,8 +127,6 @@ def test_a_folder_is_a_checkpoint_everywhere(
     assert accuracy == json.loads((trained / 'log.txt').read_text())['test_acc1']
     export.main([str(trained), '--format', 'timm', '--out', str(tmp_path / 'a.safetensors')])
     assert (tmp_path / 'a.safetensors').exists()
-    from PIL import Image
-
     Image.new('RGB', (16, 16)).save(tmp_path / 'black.png')
     predict.main([str(trained), str(tmp_path / 'black.png'), '--device', 'cpu'])
     with pytest.raises(SystemExit):
@@ -147,3 +147,61 @@ def test_resuming_from_a_folder_takes_its_newest(
     (tmp_path / 'copy' / 'checkpoint.pth').write_bytes(b'x')
     assert ckpt.load(str(tmp_path / 'copy'), newest=True)['epoch'] == 0
     assert 'the one before it is used' in capsys.readouterr().out
+
+
+def test_resuming_in_the_own_folder_and_not_in_anothers(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, below = tmp_path / 'out', tmp_path / 'out' / 'below'
+    shutil.copytree(trained, out)
+    shutil.copytree(trained, below)
+    more = [*DIGITS, *WIDE, '--model-ema', '--output_dir', str(out)]
+    assert 'holds a run already' in fails([*more, '--resume', str(below)], capsys)
+    main([*more, '--resume', str(out)])
+
+
+def test_a_damaged_best_is_not_the_end(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(trained, tmp_path / 'out')
+    (tmp_path / 'out' / 'best_checkpoint.pth').write_bytes(b'x')
+    load_trained(str(tmp_path / 'out'))
+    shown = capsys.readouterr().out
+    assert 'best_checkpoint.pth is damaged' in shown and 'checkpoint.pth is taken' in shown
+
+
+def test_a_log_without_checkpoints_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'log.txt').write_text('{"epoch": 0}\n')
+    main([*DIGITS, *WIDE, '--output_dir', str(out), '--auto-resume'])
+    assert (out / 'old_log.txt').read_text() == '{"epoch": 0}\n' and 'is kept as old_log.txt' in capsys.readouterr().out
+
+
+def test_arguments_as_other_programs_write_them() -> None:
+    args = stored_args({'args': {'input_size': [3, 32, 32], 'amp': True, 'drop_loc': '(3, 6, 9)', 'lr': 1}})
+    assert args == {'input_size': 32, 'drop_loc': [[3, 6, 9]], 'lr': 1}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'input_size': 100_000}, 'says that its images have 100000 pixels'),
+        ({'model_kwargs': [('depth', 10**7)]}, 'depth is refused, 10000000 is too large'),
+        ({'model_kwargs': [('in_chans', 1)]}, 'in_chans is refused|other than three channels'),
+        ({'classes': [str(number) for number in range(20)]}, 'names 20 classes, and its head has 10 rows'),
+    ],
+)
+def test_what_a_checkpoint_says_has_limits(change: dict[str, Any], message: str, trained: Path, tmp_path: Path) -> None:
+    state = ckpt.load(str(trained))
+    state['args'] = {**state['args'], **{name: value for name, value in change.items() if name != 'classes'}}
+    ckpt.save(tmp_path / 'a.pth', {**state, 'classes': change.get('classes', state['classes'])})
+    with pytest.raises(InputError, match=message):
+        load_trained(str(tmp_path / 'a.pth'))
+
+
+def test_one_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ('train', 'val'):
+        for name in ('cat', 'dog'):
+            (tmp_path / split / 'images' / name).mkdir(parents=True)
+            Image.new('RGB', (16, 16)).save(tmp_path / split / 'images' / name / '0.png')
+    argv = [*PLAIN, *WIDE, '--data-set', 'FOLDER', '--data-path', str(tmp_path), '--batch-size', '2']
+    assert 'are of one class, images: nothing is to be told apart' in fails(argv, capsys)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
-from config.flags import COUNT, FROM_ONE, FlagParser, usable_workers
+from config.flags import COUNT, FROM_ONE, PIXELS, FlagParser, usable_workers
 from config.pretrained import fold_if_equal, load_trained
 from pipeline.files import note_left_out, read_file, walk
 from pipeline.images import Transform, decode, explain_error, pack_names
@@ -62,7 +62,7 @@ def get_args_parser() -> FlagParser:
     parser.add_argument('--ema', action='store_true', help='use the moving average of the weights')
     parser.add_argument('--tta', action='store_true', help='mean logits of each image and its mirror image')
     parser.add_argument('--model', help="a name of timm's registry, where the checkpoint says none")
-    parser.add_argument('--input-size', type=FROM_ONE, help="pixels, in place of the checkpoint's")
+    parser.add_argument('--input-size', type=PIXELS, help="pixels, in place of the checkpoint's")
     return parser
 
 
@@ -298,7 +298,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             skipped += 1
             say(f'skipped: {message}')
 
-        parts = find_parts(args.inputs, sys.stdin.buffer if '-' in args.inputs else io.BytesIO(), complain)
+        parts = find_parts(
+            args.inputs, sys.stdin.buffer if '-' in args.inputs and sys.stdin else io.BytesIO(), complain
+        )
         inputs = Inputs(parts, build_transform(train=False, input_size=settings.input_size))
         workers = min(usable_workers(args.num_workers), -(-len(inputs) // args.batch_size))
         loader = DataLoader(

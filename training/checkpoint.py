@@ -319,10 +319,15 @@ def load(source: str, *, newest: bool = False) -> dict[str, Any]:
     if not folder.is_dir():
         return from_bytes(read(source), source)
     if not newest and (folder / BEST).is_file():
-        return from_bytes(read(str(folder / BEST)), str(folder / BEST))
+        try:
+            return from_bytes(read(str(folder / BEST)), str(folder / BEST))
+        except InputError as err:
+            log(f'Warning: {err}')
     found = newest_in(folder)
     if found is None:
         raise InputError(f'{source} is a folder without a {BEST} or {CHECKPOINT}')
+    if not newest:
+        log(f'Warning: {source} has no whole {BEST}: {found[0]} is taken')
     return from_bytes(found[1], found[0])
 
 

@@ -233,6 +233,10 @@ class OutputFolder:
         if self.path is None:
             return
         self._check_folder()
+        log_file = self.path / 'log.txt'
+        if not lines and log_file.is_file() and log_file.stat().st_size:
+            log_file.replace(self.path / 'old_log.txt')
+            log(f'Note: {log_file} is of a run without checkpoints, and is kept as old_log.txt')
         text = yaml.safe_dump(settings, sort_keys=False)
         ckpt.write_bytes(self.path / 'args.yaml', text.encode())
         for path, data in self._logs(lines, timings).items():

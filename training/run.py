@@ -264,10 +264,14 @@ class Run:
     def _test_best(self, test: Test) -> None:
         """Evaluates the best checkpoint on the test images, which had no say in the choice."""
         self.output.wait()
-        found = None if self.output.path is None else ckpt.load(str(self.output.path))
+        path = None if self.output.path is None else self.output.path / ckpt.BEST
+        found = ckpt.load(str(path)) if path is not None and path.is_file() else None
         names = ('model', 'epoch', 'keep_rate')
         best = from_main_process(found and {name: found.get(name) for name in names})
-        assert best is not None
+        if best is None:
+            log(f'Warning: {self.output.path} has no {ckpt.BEST}: the best epoch was written elsewhere, or the file is '
+                'gone. So nothing is tested on the test images')  # fmt: skip
+            return
         model = copy.deepcopy(self.state.model)
         model.load_state_dict(best['model'])
         stats = test(model, 'Test of the best', best['keep_rate'], stop=lambda: bool(self.interrupts.signal))

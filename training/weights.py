@@ -17,15 +17,28 @@ from utils import InputError, UsageError, count, log, shorten
 # Where training codes put the weights that are for use; DINO has a teacher and a student.
 WEIGHTS = ('model', 'state_dict', 'net', 'teacher', 'student')
 AVERAGES = ('model_ema', 'state_dict_ema', 'ema')
+PREFIXES = ('backbone.', 'encoder.')  # of self-supervised training, before the names of the part that is the model
 ENOUGH = 0.5  # part of a model's weights without which fine-tuning is training from scratch
 
 
 def stored_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the run that wrote a checkpoint, empty if it does not say."""
-    args = checkpoint.get('args')
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    return dict(args) if isinstance(args, Mapping) else {}
+    """The arguments of the run that wrote a checkpoint, empty if it does not say.
+
+    Those that other programs write otherwise are as here: timm's shape of the images and its switch for mixed
+    precision, and the blocks of EViT as a word.
+    """
+    found = checkpoint.get('args')
+    if isinstance(found, argparse.Namespace):
+        found = vars(found)
+    args = dict(found) if isinstance(found, Mapping) else {}
+    size, blocks = args.get('input_size'), args.get('drop_loc')
+    if isinstance(size, (list, tuple)) and size:
+        args['input_size'] = size[-1]
+    if isinstance(args.get('amp'), bool):
+        del args['amp']
+    if isinstance(blocks, str):
+        args['drop_loc'] = [[int(number) for number in re.findall(r'\d{1,4}', blocks)]]
+    return args
 
 
 def class_names(checkpoint: Mapping[str, Any], source: str) -> list[str] | None:
@@ -74,7 +87,7 @@ def model_weights(checkpoint: Mapping[str, Any], source: str, *, ema: bool = Fal
 def _named_as(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Weights without the prefix that self-supervised training gives the part of them that is such a model."""
     own = model.state_dict()
-    for prefix in ('backbone.', 'encoder.'):
+    for prefix in PREFIXES:
         named = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if named.keys() & own.keys() and not any(name.startswith(prefix) for name in own):
             log(f'{source}: the weights are those whose names begin with {prefix!r}')
