@@ -618,6 +618,7 @@ def test_format_as_documented(folder: Path) -> None:
         'images': 20,
         'data_set': 'FOLDER',
         'inat_category': None,
+        'max_size': None,
         'index_crc32': zlib.crc32(index),
     }
     table = pa.ipc.open_stream(index).read_all()
