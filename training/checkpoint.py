@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from training.download import download
+from training.download import cache_path, fetch
 from training.weights import stored_args
 from utils import InputError, log, one_line
 
@@ -152,6 +153,28 @@ def _check_ends(path: Path, source: str) -> None:
         raise InputError(f'{source} is damaged, or no checkpoint of PyTorch')
 
 
+def _download(url: str, name: str) -> bytes:
+    """The bytes of a URL's file, from torch.hub's cache if it is whole there; else it is fetched, and kept if it is.
+
+    Args:
+        name: the file's, which says its format.
+    """
+    path = cache_path(url)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            with suppress(InputError):
+                data = path.read_bytes()
+                from_bytes(data, name)
+                return data
+        data = fetch(url)
+        from_bytes(data, name)
+        write_bytes(path, data)
+    except (OSError, HTTPException, ValueError, InputError) as err:
+        raise InputError(f'cannot download {url} to {path}: {one_line(err)}') from None
+    return data
+
+
 def read(source: str) -> bytes:
     """The bytes of a checkpoint file.
 
@@ -166,9 +189,8 @@ def read(source: str) -> bytes:
     except ValueError as err:
         raise InputError(f'{source}: {one_line(err)}') from None
     if url.scheme in ('http', 'https'):
-        path = download(source, lambda path: from_bytes(path.read_bytes(), Path(url.path).name))
-    else:
-        path = Path(url2pathname(url.path) if url.scheme == 'file' else source)
+        return _download(source, Path(url.path).name)
+    path = Path(url2pathname(url.path) if url.scheme == 'file' else source)
     if not path.is_file():
         raise InputError(f'{source}: no such checkpoint file')
     try:
