@@ -49,12 +49,12 @@ data_flags() {
     case $1 in
         digits) data_set=DIGITS data_path='' ;;
         cifar100) data_set=CIFAR data_path=data/cifar ;;
-        cifar10) data_set=CIFAR10 data_path=data/cifar ;;
+        cifar10 | fast) data_set=CIFAR10 data_path=data/cifar ;;
         imagenet | deit | evit) data_set=IMNET data_path=data/imagenet ;;
         clipart | infograph | painting | quickdraw | real | sketch) data_set=$1 data_path=data/domainnet ;;
         folder) data_set=FOLDER data_path=data/folder ;;
         *)
-            echo "error: unknown recipe '$1'; known are digits, cifar100, cifar10, imagenet, deit, evit, folder and DomainNet's" \
+            echo "error: unknown recipe '$1'; known are digits, cifar100, cifar10, fast, imagenet, deit, evit, folder and DomainNet's" \
                 'clipart, infograph, painting, quickdraw, real, sketch' >&2
             exit 2
             ;;
