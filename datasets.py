@@ -14,7 +14,7 @@ from pipeline.inaturalist import find_inaturalist
 from pipeline.layouts import Layout, find_folders, find_listed, find_lists, has_folders, note_lacking
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from pipeline.parts import HoldOut, stratified_part
-from pipeline.readers import find_reader, load_digits, open_torch
+from pipeline.readers import READERS, find_reader, load_digits, open_torch
 from utils import InputError, UsageError, shorten
 
 
@@ -47,7 +47,6 @@ DATA_SETS = {
     'sketch': DataSetInfo('domain', 345, (48212, 20916)),
 }
 DOMAINNET = tuple(name for name, info in DATA_SETS.items() if info.kind == 'domain')
-KINDS = {info.kind for info in DATA_SETS.values()} | {'torch', 'hfds'}
 ALIASES = {'CIFAR100': 'CIFAR', 'IMAGENET': 'IMNET', 'INAT18': 'INAT', 'TINYIMAGENET': 'TINYIMNET'}
 
 
@@ -111,10 +110,10 @@ class DataSource:
 
     @property
     def downloads(self) -> bool:
-        return self.download and not self.use_lmdb and self.kind in ('cifar', 'torch', 'hfds')
+        return self.download and not self.use_lmdb and self.kind in ('cifar', *READERS)
 
     def __str__(self) -> str:
-        return self.name if self.kind in ('digits', 'cifar', 'torch', 'hfds') else self.path
+        return self.name if self.kind in ('digits', 'cifar', *READERS) else self.path
 
 
 class Splits(NamedTuple):

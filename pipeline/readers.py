@@ -23,7 +23,7 @@ from utils import InputError, one_line
 
 # What data sets call their splits. Where `val` and `test` are both there, the former chooses the best checkpoint.
 SPLIT_NAMES = {'train': ('train', 'trainval', 'train-standard', 'training'), 'val': VAL_NAMES[:-1], 'test': ('test',)}
-STREAMS = ('hfids', 'tfds', 'wds')
+READERS, STREAMS = ('torch', 'hfds'), ('hfids', 'tfds', 'wds')
 
 
 def find_reader(name: str) -> str:
@@ -39,7 +39,7 @@ def find_reader(name: str) -> str:
             f'{name} is a stream, whose images have no numbers to train exactly with: use hfds/NAME if it is on the '
             'Hugging Face Hub, or write it as folders, <split>/<class>/<image>, for FOLDER'
         )
-    if prefix not in ('torch', 'hfds') or not rest:
+    if prefix not in READERS or not rest:
         raise ValueError(f'{name!r} is neither torch/NAME nor hfds/NAME')
     if prefix == 'hfds':
         return f'hfds/{rest}'

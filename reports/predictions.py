@@ -22,9 +22,10 @@ from config.errors import explain
 from config.models import keeps_tokens_by_rate
 from config.pretrained import load_trained
 from config.recall import stored_flags
-from datasets import KINDS, find_info
+from datasets import DATA_SETS, find_info
 from models.speed import count_macs
 from pipeline.images import ImageDataset
+from pipeline.readers import READERS
 from reports.figures import MOST_NAMES, draw_classes, draw_confusion, thumbnail
 from reports.runs import LoggedRun, printable
 from training import checkpoint as ckpt
@@ -129,7 +130,8 @@ def _read_checkpoint(path: str, overrides: Mapping[str, Any]) -> tuple[dict[str,
     state = ckpt.load(path)
     stored = stored_args(state)
     data_set = str(stored.get('data_set'))
-    if not isinstance(stored.get('model'), str) or find_info(data_set).kind not in KINDS:
+    known = data_set in DATA_SETS or find_info(data_set).kind in READERS
+    if not isinstance(stored.get('model'), str) or not known:
         raise InputError(f'{path} does not say its model and data set: it is not of main.py')
     flags = [*stored_flags(stored), '--eval', '--finetune', path]
     given = {'--on-bad-image': stored.get('on_bad_image'), '--timeout': stored.get('timeout'), **overrides}
