@@ -123,7 +123,7 @@ def _open_split(cls: Any, root: Path, split: str, *, download: bool) -> Any:
             if 'Unknown value' not in str(err):
                 raise
         except (RuntimeError, OSError):  # something is absent
-            if not download or 'download' not in parameters:
+            if not (download and ('download' in parameters or hasattr(cls, 'download'))):
                 raise
             return cls(str(root), **chosen, download=True)
     return None

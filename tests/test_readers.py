@@ -292,6 +292,11 @@ def test_wrong_names(name: str, message: str, capsys: pytest.CaptureFixture[str]
     assert name.partition('/')[0] in error
 
 
+def test_a_test_at_the_end_needs_a_folder(flowers: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = refused(['--data-set', flowers[0], '--data-path', str(flowers[1])], capsys)
+    assert code == 2 and 'has validation and test images: the best checkpoint needs --output_dir' in error
+
+
 def test_spellings() -> None:
     names = {'torch/oxford_iiit_pet': 'torch/OxfordIIITPet', 'Torch/fashion-mnist': 'torch/FashionMNIST'}
     assert {name: data_set(name) for name in names} == names
