@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from torchvision.datasets import CIFAR10, CIFAR100
-
-from pipeline.file_dataset import ArrayDataset, FileDataset
-from pipeline.images import ImageDataset, Transform
+from pipeline.file_dataset import FileDataset
+from pipeline.hugging_face import open_hugging_face
+from pipeline.images import ImageDataset
 from pipeline.inaturalist import find_inaturalist
 from pipeline.layouts import Layout, find_folders, find_listed, find_lists, has_folders, note_lacking
 from pipeline.lmdb_dataset import ImageFolderLMDB
-from utils import InputError, UsageError, one_line, shorten
+from pipeline.parts import HoldOut, stratified_part
+from pipeline.readers import READERS, find_reader, load_digits, open_torch
+from utils import InputError, UsageError, shorten
 
 
 @dataclass(frozen=True)
@@ -55,102 +54,21 @@ def find_name(name: str) -> str:
     """The table's spelling of a data set's name, whose case and hyphens do not matter: 'cifar-10' is 'CIFAR10'.
 
     Raises:
-        ValueError: if the table has no such row.
+        ValueError: if the table has no such row, and timm's readers no such name.
     """
+    if '/' in name:
+        return find_reader(name)
     plain = name.replace('-', '').replace('_', '').upper()
     plain = ALIASES.get(plain, plain)
     for known in DATA_SETS:
         if known.upper() == plain:
             return known
-    raise ValueError(f'unknown data set {name!r}; known are {", ".join(DATA_SETS)}')
+    raise ValueError(f'unknown data set {name!r}; known are {", ".join(DATA_SETS)}, torch/NAME and hfds/NAME')
 
 
-def load_digits(*, train: bool, transform: Transform | None = None) -> ArrayDataset:
-    """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels in 10 classes, 1,437 train and 360 val.
-
-    The split is fixed and stratified. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
-    UCI Machine Learning Repository, 1998; scikit-learn ships it.
-
-    Args:
-        train: which part of the split.
-        transform: applied to each RGB image.
-    """
-    from sklearn import datasets
-    from sklearn.model_selection import train_test_split
-
-    digits = datasets.load_digits()
-    numbers = np.arange(len(digits.target))
-    parts = train_test_split(numbers, test_size=360, stratify=digits.target, random_state=0)
-    chosen = parts[0 if train else 1]
-    images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (n, 8, 8), from 0..16
-    return ArrayDataset(images, digits.target[chosen], [str(digit) for digit in range(10)], transform)
-
-
-def _load_cifar(name: str, root: Path, *, train: bool) -> ArrayDataset:
-    cls = CIFAR10 if name == 'CIFAR10' else CIFAR100
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # torchvision checks the files' checksums and downloads only what is absent or altered.
-        loaded = cls(str(root), train=train, download=True)
-    except (OSError, RuntimeError) as err:
-        raise InputError(
-            f'cannot get {cls.__name__} into {root}: {one_line(err)}. Download {cls.url} there by other means'
-        ) from None
-    return ArrayDataset(loaded.data, loaded.targets, loaded.classes)
-
-
-def _by_class(targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The images' numbers (n,), class by class, at random inside a class."""
-    shuffled = rng.permutation(len(targets))
-    return shuffled[np.argsort(targets[shuffled], kind='stable')]
-
-
-def stratified_part(targets: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
-    """A part of a data set with each class's share, by the images' numbers in ascending order.
-
-    Images are ranked at random within their class and taken in the order of rank / images of the class; so each class
-    gives its first image before any gives its second, and a smaller part lies inside a larger one.
-
-    Args:
-        targets: class indices (n,).
-        fraction: of the n images, rounded, at least one.
-        seed: of the ranks and of the order of classes within a rank.
-    """
-    rng = np.random.default_rng(seed)
-    order = _by_class(targets, rng)
-    counts = np.bincount(targets)
-    rank = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
-    sorted_targets = targets[order]
-    turn = rng.permutation(len(counts))
-    taken = np.lexsort((turn[sorted_targets], rank / counts[sorted_targets]))
-    return np.sort(order[taken[: max(round(fraction * len(targets)), 1)]])
-
-
-@dataclass(frozen=True)
-class HoldOut:
-    """Which training images are held out of training, to choose the best checkpoint: a fraction, or one of the folds.
-
-    Either has each class's share of images, to one image; a class of a single image stays in training, but for folds.
-
-    Args:
-        fraction: of the training images, below 1; 0 for folds.
-        folds, fold: how many parts, which hold each image once, and the number of the one that is held out.
-        seed: chooses other images.
-    """
-
-    fraction: float = 0.0
-    folds: int = 1
-    fold: int = 0
-    seed: int = 0
-
-    def split(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of the images that stay in training, and of those that are held out, both ascending."""
-        numbers = np.arange(len(targets))
-        if self.fraction:
-            kept = stratified_part(targets, 1 - self.fraction, seed=self.seed)
-            return kept, np.setdiff1d(numbers, kept)
-        held = np.sort(_by_class(targets, np.random.default_rng(self.seed))[self.fold :: self.folds])
-        return np.setdiff1d(numbers, held), held
+def find_info(name: str) -> DataSetInfo:
+    """The row of a name that `find_name` gives; those of timm's readers, 'torch/…' and 'hfds/…', have no row."""
+    return DATA_SETS[name] if name in DATA_SETS else DataSetInfo(name.partition('/')[0], None)
 
 
 @dataclass(frozen=True)
@@ -164,6 +82,7 @@ class DataSource:
         layout: 'lists', 'folder', or 'auto', which prefers lists, for DomainNet and FOLDER.
         inat_category: the level that iNaturalist's labels are of, 'name' by default.
         use_lmdb, verify: read LMDB files; compare each record with its checksum.
+        download: whether absent files may be fetched, where the data set has an address.
 
     Raises:
         UsageError: for an argument that means nothing for this data set.
@@ -175,6 +94,7 @@ class DataSource:
     inat_category: str | None = None
     use_lmdb: bool = False
     verify: bool = False
+    download: bool = True
 
     def __post_init__(self) -> None:
         if self.layout != 'auto' and (self.use_lmdb or (self.kind != 'domain' and self.name != 'FOLDER')):
@@ -186,10 +106,14 @@ class DataSource:
 
     @property
     def kind(self) -> str:
-        return DATA_SETS[self.name].kind
+        return find_info(self.name).kind
+
+    @property
+    def downloads(self) -> bool:
+        return self.download and not self.use_lmdb and self.kind in ('cifar', *READERS)
 
     def __str__(self) -> str:
-        return self.name if self.kind in ('digits', 'cifar') else self.path
+        return self.name if self.kind in ('digits', 'cifar', *READERS) else self.path
 
 
 class Splits(NamedTuple):
@@ -247,39 +171,52 @@ def _find_layout(source: DataSource, *, train: bool) -> Layout:
     return layout
 
 
-def _open_lmdb(source: DataSource, split: str, on_bad_image: str) -> ImageFolderLMDB:
-    """A split's LMDB file, if it holds the data set of this name."""
+def _open_lmdb(source: DataSource, on_bad_image: Mapping[str, str]) -> tuple[dict[str, ImageDataset], list[str]]:
+    """The LMDB files of the splits that are wanted, if they hold the data set of this name; test.lmdb may be absent."""
     name, root = source.name, Path(source.path)
-    inside = (root / name / 'val.lmdb').exists() and not (root / 'val.lmdb').exists()
-    path = (root / name if inside else root) / f'{split}.lmdb'
-    dataset = ImageFolderLMDB(path, verify=source.verify, on_bad_image=on_bad_image)
-    if 'FOLDER' not in (name, dataset.data_set) and dataset.data_set != name:
-        raise InputError(f'{path} holds {dataset.data_set}, not {name}')
-    if source.inat_category not in (None, dataset.inat_category):
-        raise InputError(f'{path} has the labels of {dataset.inat_category}, not of {source.inat_category}')
-    return dataset
+    folder = root / name if (root / name / 'val.lmdb').exists() and not (root / 'val.lmdb').exists() else root
+    opened: dict[str, ImageDataset] = {}
+    notes: list[str] = []
+    for split, treatment in on_bad_image.items():
+        path = folder / f'{split}.lmdb'
+        if split == 'test' and not path.exists():
+            continue
+        dataset = ImageFolderLMDB(path, verify=source.verify, on_bad_image=treatment)
+        if 'FOLDER' not in (name, dataset.data_set) and dataset.data_set != name:
+            raise InputError(f'{path} holds {dataset.data_set}, not {name}')
+        if source.inat_category not in (None, dataset.inat_category):
+            raise InputError(f'{path} has the labels of {dataset.inat_category}, not of {source.inat_category}')
+        notes += note_lacking(path, dataset.targets.tolist(), dataset.classes)
+        opened[split] = dataset
+    if len({tuple(dataset.classes) for dataset in opened.values()}) > 1:
+        files = ' and '.join(f'{split}.lmdb' for split in opened)
+        raise InputError(f'{folder}: {files} have different classes: build them together')
+    return opened, notes
 
 
 def _open_splits(
     source: DataSource, *, train: bool, skip_bad_images: bool
-) -> tuple[ImageDataset | None, ImageDataset, list[str]]:
-    """The splits as they lie there, and notes."""
+) -> tuple[dict[str, ImageDataset], list[str]]:
+    """The splits as they lie there, by their names 'train', 'val' and 'test', and notes."""
     in_train, in_val = ('next', 'leave out') if skip_bad_images else ('stop', 'stop')
+    wanted = {'train': in_train} if train else {}
+    wanted.update(val=in_val, test=in_val)
     if source.use_lmdb:
-        val_records = _open_lmdb(source, 'val', in_val)
-        train_records = _open_lmdb(source, 'train', in_train) if train else None
-        if train_records is not None and train_records.classes != val_records.classes:
-            folder = train_records.file.parent
-            raise InputError(f'{folder}: train.lmdb and val.lmdb have different classes: build them together')
-        opened = [records for records in (train_records, val_records) if records is not None]
-        notes = [note for r in opened for note in note_lacking(r.file, r.targets.tolist(), r.classes)]
-        return train_records, val_records, notes
-    if source.kind in ('digits', 'cifar'):
-        load = load_digits if source.kind == 'digits' else partial(_load_cifar, source.name, Path(source.path))
-        return load(train=True) if train else None, load(train=False), []
+        return _open_lmdb(source, wanted)
+    root = Path(source.path)
+    if source.kind == 'digits':
+        return {split: load_digits(train=split == 'train') for split in wanted if split != 'test'}, []
+    if source.kind in ('cifar', 'torch'):
+        name = {'CIFAR': 'CIFAR100'}.get(source.name, source.name.rpartition('/')[2])
+        return open_torch(name, root, wanted, download=source.download), []
+    if source.kind == 'hfds':
+        name = source.name.partition('/')[2]
+        return open_hugging_face(name, root, wanted, download=source.download), []
     layout = _find_layout(source, train=train)
-    train_files = FileDataset(layout.train, layout.classes, on_bad_image=in_train) if layout.train else None
-    return train_files, FileDataset(layout.val, layout.classes, on_bad_image=in_val), layout.notes
+    found = {'train': layout.train, 'val': layout.val}
+    return {
+        split: FileDataset(files, layout.classes, on_bad_image=wanted[split]) for split, files in found.items() if files
+    }, layout.notes
 
 
 def _use_known_classes(source: DataSource, datasets: Sequence[ImageDataset], known: Sequence[str]) -> list[str]:
@@ -320,13 +257,14 @@ def build_datasets(
     Raises:
         InputError: if the data is missing or has more classes than the head.
     """
-    info = DATA_SETS[source.name]
-    train_split, val_split, notes = _open_splits(source, train=train, skip_bad_images=skip_bad_images)
-    if info.images is not None:
-        for split, dataset, published in zip(('train', 'val'), (train_split, val_split), info.images, strict=True):
-            if dataset is not None and len(dataset) != published:
-                notes.append(f'{source}: {len(dataset)} {split} images, {source.name} is published with {published}')
-    test_split = None
+    info = find_info(source.name)
+    opened, notes = _open_splits(source, train=train, skip_bad_images=skip_bad_images)
+    train_split, val_split, test_split = opened.get('train'), opened['val'], opened.get('test')
+    for split, published in zip(('train', 'val'), info.images or (), strict=False):
+        if split in opened and len(opened[split]) != published:
+            notes.append(f'{source}: {len(opened[split])} {split} images, {source.name} is published with {published}')
+    if test_split is not None and (train_split is None or hold_out is not None):
+        val_split, test_split = test_split, None  # what is evaluated in the end
     if hold_out is not None and train_split is not None:
         kept, held = hold_out.split(train_split.targets)
         if not len(kept) or not len(held):
@@ -336,14 +274,17 @@ def build_datasets(
         notes.append(f'{len(held)} of {len(kept) + len(held)} training images are held out and choose the best '
                      f'checkpoint; the {len(test_split)} test images are evaluated by it, at the end')  # fmt: skip
         notes += note_lacking('what is left', train_split.targets.tolist(), train_split.classes)
+    elif test_split is not None:
+        notes.append(f'the {len(val_split)} validation images of {source} choose the best checkpoint; its '
+                     f'{len(test_split)} test images are evaluated by it, at the end')  # fmt: skip
     if train_fraction < 1 and train_split is not None:
         whole = len(train_split)
         train_split.select(stratified_part(train_split.targets, train_fraction, seed=train_fraction_seed))
         notes.append(f'{len(train_split)} of {whole} training images are used: --train-fraction {train_fraction}')
         notes += note_lacking('that part', train_split.targets.tolist(), train_split.classes)
     if known_classes is not None:
-        opened = [split for split in (val_split, train_split, test_split) if split is not None]
-        notes += _use_known_classes(source, opened, known_classes)
+        used = [split for split in (val_split, train_split, test_split) if split is not None]
+        notes += _use_known_classes(source, used, known_classes)
     classes = val_split.classes
     head = num_classes or info.num_classes or len(classes)
     if len(classes) > head:

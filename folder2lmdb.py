@@ -267,7 +267,7 @@ def get_args_parser() -> FlagParser:
 
 
 def build(splits: Splits, folder: Path, *, overwrite: bool, workers: int, **described: Any) -> None:
-    """Writes both splits; a file that has a split's images already is kept.
+    """Writes the splits; a file that has a split's images already is kept.
 
     Args:
         described: `data_set`, `inat_category` and `max_size`, as for `write_lmdb`.
@@ -277,8 +277,9 @@ def build(splits: Splits, folder: Path, *, overwrite: bool, workers: int, **desc
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for split, dataset in (('train', splits.train), ('val', splits.val)):
-        assert dataset is not None
+    for split, dataset in (('train', splits.train), ('val', splits.val), ('test', splits.test)):
+        if dataset is None:  # most have no images for a test at the end
+            continue
         path = folder / f'{split}.lmdb'
         if path.exists() and not overwrite:
             stored = ImageFolderLMDB(path)  # whose errors name --overwrite

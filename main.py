@@ -28,7 +28,7 @@ from config.builders import (
 from config.data import build_mixup, load_splits, open_loaders
 from config.errors import explain, one_line_errors
 from config.models import check_output, put_channels_last
-from datasets import DATA_SETS
+from datasets import find_info
 from engine import TrainSettings, evaluate
 from models.folding import fold_batchnorm
 from models.speed import count_macs, images_per_second
@@ -46,6 +46,7 @@ from training.weights import class_names, load_fitting, load_whole, model_weight
 from utils import (
     InputError,
     SizedLoader,
+    UsageError,
     from_main_process,
     get_rank,
     is_main_process,
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Builds everything from the arguments and runs the epochs; returns the last line of the log."""
     process, device, amp_dtype = start_process(args)
     if args.only_test_speed:
-        model = build_model(args, args.nb_classes or DATA_SETS[args.data_set].num_classes).to(device)
+        model = build_model(args, args.nb_classes or find_info(args.data_set).num_classes).to(device)
         report_speed(args, model, device, amp_dtype)
         return {}
 
@@ -169,6 +170,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     test, final_test = make_test(args, splits.val, val_loader, device, amp_dtype), None
     if splits.test is not None:
+        if not args.output_dir:
+            raise UsageError(f'{args.data_set} has validation and test images: the best checkpoint needs --output_dir')
         test_loader = open_loaders(args, splits.only_test(), process, device)[1]
         final_test = make_test(args, splits.test, test_loader, device, amp_dtype)
     if train_loader is None or splits.train is None:

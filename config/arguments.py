@@ -165,7 +165,7 @@ def get_args_parser() -> FlagParser:
 
     group = parser.add_argument_group('data')
     group.add_argument('--data-path', default='data', type=os.path.abspath, help='folder of train/ and val/, or where '
-                       'CIFAR is put')  # fmt: skip
+                       'CIFAR, torch/NAME and hfds/NAME are put')  # fmt: skip
     add_data_flags(group, default='IMNET')
     group.add_argument('--use-lmdb', action=switch, default=False, help="read --data-path's train.lmdb and val.lmdb, "
                        'which folder2lmdb.py writes')  # fmt: skip

@@ -41,11 +41,14 @@ def find_hold_out(args: argparse.Namespace) -> HoldOut | None:
     return HoldOut(args.val_fraction, seed=args.val_seed) if args.val_fraction else None
 
 
-def load_splits(args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None) -> Splits:
+def load_splits(
+    args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None, *, download: bool = True
+) -> Splits:
     """Builds the data set, one process first where files may have to be downloaded.
 
     Args:
         known_classes: those of the checkpoint whose head is used, in its order.
+        download: whether absent files may be fetched.
     """
     source = DataSource(
         args.data_set,
@@ -54,9 +57,9 @@ def load_splits(args: argparse.Namespace, process: Process, known_classes: Seque
         inat_category=args.inat_category,
         use_lmdb=args.use_lmdb,
         verify=args.verify_records,
+        download=download,
     )
-    downloads = source.kind == 'cifar' and not args.use_lmdb
-    with in_turn(process) if downloads else nullcontext():
+    with in_turn(process) if source.downloads else nullcontext():
         splits = build_datasets(
             source,
             train=not args.eval,

@@ -110,7 +110,8 @@ def data_set(text: str) -> str:
 
 def add_data_flags(parser: Any, *, default: str) -> None:
     """The flags that say which data set is meant and how it lies on the disk."""
-    parser.add_argument('--data-set', default=default, type=data_set, help=', '.join(DATA_SETS))
+    parser.add_argument('--data-set', default=default, type=data_set, help=f"{', '.join(DATA_SETS)}, "
+                        "or torch/NAME of torchvision's, hfds/NAME of the Hugging Face Hub or a folder")  # fmt: skip
     parser.add_argument('--data-layout', default='auto', choices=('auto', 'lists', 'folder'), help="DomainNet's and "
                         "FOLDER's images: by lists, in folders train/ and val/, or lists if there are any")  # fmt: skip
     parser.add_argument('--inat-category', choices=INAT_CATEGORIES, help="level of iNaturalist's labels (name)")

@@ -6,12 +6,13 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pipeline.files import read_file
-from pipeline.images import ImageDataset, Transform, pack_names
+from pipeline.images import ImageDataset, Transform, pack_names, to_rgb
 from pipeline.layouts import Split
 
 
@@ -65,4 +66,25 @@ class ArrayDataset(ImageDataset):
     def _raw(self, position: int) -> bytes:
         file = io.BytesIO()
         Image.fromarray(self.images[position]).save(file, 'PNG')
+        return file.getvalue()
+
+
+class ItemDataset(ImageDataset):
+    """Images that another data set gives, as pairs of an image of Pillow and a label.
+
+    Args:
+        items: that data set.
+        labels: class indices, (n,).
+    """
+
+    def __init__(self, items: Any, labels: np.ndarray, classes: Sequence[str], *, on_bad_image: str = 'stop') -> None:
+        self.items = items
+        super().__init__(labels, classes, on_bad_image=on_bad_image)
+
+    def _name(self, position: int) -> str:
+        return f'{self.classes[self._labels()[position]]}/{position:06d}.png'
+
+    def _raw(self, position: int) -> bytes:
+        file = io.BytesIO()
+        to_rgb(self.items[position][0]).save(file, 'PNG', compress_level=1)
         return file.getvalue()

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn import metrics
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from config.arguments import parse_args
 from config.builders import build_model
@@ -23,9 +22,10 @@ from config.errors import explain
 from config.models import keeps_tokens_by_rate
 from config.pretrained import load_trained
 from config.recall import stored_flags
-from datasets import DATA_SETS
+from datasets import DATA_SETS, find_info
 from models.speed import count_macs
 from pipeline.images import ImageDataset
+from pipeline.readers import READERS
 from reports.figures import MOST_NAMES, draw_classes, draw_confusion, thumbnail
 from reports.runs import LoggedRun, printable
 from training import checkpoint as ckpt
@@ -61,8 +61,8 @@ def find_cost(run: LoggedRun, known: dict[str, tuple[int, int]]) -> tuple[int, i
     Raises:
         InputError: if the model cannot be built.
     """
-    data_set = DATA_SETS.get(str(run.args.get('data_set')))
-    num_classes = run.derived.get('nb_classes') or run.args.get('nb_classes') or (data_set and data_set.num_classes)
+    known_classes = find_info(str(run.args.get('data_set'))).num_classes
+    num_classes = run.derived.get('nb_classes') or run.args.get('nb_classes') or known_classes
     if not run.args.get('model') or not isinstance(num_classes, int):
         return None
     flags = [*stored_flags(run.args), '--mixup', '0', '--cutmix', '0']  # with which any batch size is right
@@ -129,7 +129,9 @@ def _read_checkpoint(path: str, overrides: Mapping[str, Any]) -> tuple[dict[str,
     """
     state = ckpt.load(path)
     stored = stored_args(state)
-    if not isinstance(stored.get('model'), str) or str(stored.get('data_set')) not in DATA_SETS:
+    data_set = str(stored.get('data_set'))
+    known = data_set in DATA_SETS or find_info(data_set).kind in READERS
+    if not isinstance(stored.get('model'), str) or not known:
         raise InputError(f'{path} does not say its model and data set: it is not of main.py')
     flags = [*stored_flags(stored), '--eval', '--finetune', path]
     given = {'--on-bad-image': stored.get('on_bad_image'), '--timeout': stored.get('timeout'), **overrides}
@@ -167,11 +169,8 @@ def predict(
         names = class_names(state, path)
     except InputError as err:
         raise InputError(f'{one_line(err)}; {hint}') from None
-    cifar = {'CIFAR': CIFAR100, 'CIFAR10': CIFAR10}.get(args.data_set)
-    if cifar is not None and not args.use_lmdb and not Path(args.data_path, cifar.base_folder).is_dir():
-        return f'{args.data_path} has no {cifar.base_folder}'  # which a report is no reason to download
     try:
-        splits = load_splits(args, process, names)
+        splits = load_splits(args, process, names, download=False)  # for which a report is no reason
         loader = open_loaders(args, splits, process, chosen)[1]
     except (InputError, OSError) as err:
         return f'the images of {args.data_set} cannot be read: {one_line(err)}'

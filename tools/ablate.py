@@ -42,7 +42,7 @@ from config.arguments import parse_args
 from config.builders import build_model
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, SEED, FlagParser
-from datasets import DATA_SETS
+from datasets import find_info
 from pipeline.workers import SIGNALS
 from reports.figures import draw_rows
 from reports.runs import LoggedRun, read_run
@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name in names for row in table.rows]  # fmt: skip
         for row, _, folder in runs[: len(table.rows)]:  # before anything runs
             own = parse_args(run_flags(row, folder, args, further))
-            build_model(own, own.nb_classes or DATA_SETS[own.data_set].num_classes)
+            build_model(own, own.nb_classes or find_info(own.data_set).num_classes)
         if args.dry_run:
             for row, _, folder in runs:
                 print(shlex.join(command_of(run_flags(row, folder, args, further), args.nproc)))
