@@ -1,4 +1,4 @@
-"""Images in one LMDB file: its format, its writer, its check and the data set that reads it.
+"""Images in one LMDB file: its format, and the data set that reads it. folder2lmdb.py writes and checks such files.
 
 Format, version 1. An LMDB database in a single file, whose keys are, in this order:
 
@@ -36,18 +36,39 @@ FORMAT, VERSION = 'image records', 1
 REBUILD = 'build it again with folder2lmdb.py --overwrite'
 HEADER, INDEX = b'header', b'index'  # after the numbers, whose first bytes are zero
 TABLE = pa.schema([('path', pa.large_binary()), ('label', pa.int32()), ('size', pa.int64()), ('crc32', pa.uint32())])
+to_key = struct.Struct('>Q').pack  # of an image's number
 
-_key = struct.Struct('>Q').pack
 
-
-# Reading
+def _read_header(path: Path, txn: lmdb.Transaction) -> dict[str, Any]:
+    value = txn.get(HEADER)
+    if value is None:
+        if txn.get(b'__keys__') is not None or txn.get(b'__len__') is not None:
+            raise InputError(
+                f'{path} is in the old format of pyarrow.serialize, which pyarrow has not had since version 12: '
+                f'from the images {REBUILD}'
+            )
+        raise InputError(f'{path} is an LMDB database, but none of folder2lmdb.py: it has no header')
+    try:
+        header = {'max_size': None, **json.loads(bytes(value))}  # which older files have not
+        version = header['version'] if header['format'] == FORMAT else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        version = None
+    if isinstance(version, int) and version != VERSION:
+        raise InputError(
+            f'{path} is of version {version} of its format, this program reads {VERSION}: '
+            f"{REBUILD}, or use the program's version that wrote it"
+        )
+    kinds = {'images': int, 'data_set': str, 'inat_category': str | None, 'max_size': int | None, 'index_crc32': int}
+    if version is None or not all(isinstance(header.get(name, ...), kind) for name, kind in kinds.items()):
+        raise InputError(f'{path} has a damaged header: {REBUILD}')
+    return header
 
 
 def _check_table(table: pa.Table, header: dict[str, Any], file_size: int) -> list[str]:
-    """Checks all that a table says which can be checked without the records; returns the class names.
+    """Checks what a table says as far as that needs no records; returns the class names.
 
     Raises:
-        pa.ArrowInvalid, KeyError, TypeError, ValueError: saying what is wrong.
+        pa.ArrowInvalid, TypeError, ValueError: saying what is wrong.
     """
     if not table.schema.equals(TABLE):
         raise ValueError(f'its columns are {", ".join(f"{field.name} {field.type}" for field in table.schema)}')
@@ -81,7 +102,7 @@ class _Store:
         self.env = _open(path)
         self.txn = self.env.begin(buffers=True)
         try:
-            self.header = self._read_header(path)
+            self.header = _read_header(path, self.txn)
             index = self.txn.get(INDEX)
             if index is None:
                 raise InputError(f'{path} has no index: it is damaged; {REBUILD}')
@@ -92,11 +113,8 @@ class _Store:
                 buffer = pa.py_buffer(bytes(index))
             table = pa.ipc.open_stream(buffer).read_all()
             self.classes = _check_table(table, self.header, Path(self.env.path()).stat().st_size)
-            table = table.combine_chunks()
-            self.paths = table['path'].chunk(0)
-            self.labels, self.sizes, self.checksums = (
-                table[name].chunk(0).to_numpy() for name in ('label', 'size', 'crc32')
-            )
+            self.paths, *numbers = (column.chunk(0) for column in table.combine_chunks().columns)
+            self.labels, self.sizes, self.checksums = (column.to_numpy() for column in numbers)
         except (lmdb.Error, pa.ArrowException, OSError, LookupError, ValueError, TypeError, RecursionError) as err:
             self.close()
             raise InputError(f'{path} is damaged ({one_line(err)}): {REBUILD}') from None
@@ -116,33 +134,6 @@ class _Store:
             self.txn.abort()
             self.txn = self.env.begin(buffers=True)
             raise
-
-    def _read_header(self, path: Path) -> dict[str, Any]:
-        value = self.txn.get(HEADER)
-        if value is None:
-            if self.txn.get(b'__keys__') is not None or self.txn.get(b'__len__') is not None:
-                raise InputError(
-                    f'{path} is in the old format of pyarrow.serialize, which pyarrow has not had since version 12: '
-                    f'from the images {REBUILD}'
-                )
-            raise InputError(f'{path} is an LMDB database, but none of folder2lmdb.py: it has no header')
-        try:
-            header = json.loads(bytes(value))
-            version = header['version'] if header['format'] == FORMAT else None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            version = None
-        if isinstance(version, int) and version != VERSION:
-            raise InputError(
-                f'{path} is of version {version} of its format, this program reads {VERSION}: '
-                f"{REBUILD}, or use the program's version that wrote it"
-            )
-        kinds: dict[str, Any] = {'images': int, 'data_set': str, 'inat_category': (str, type(None)), 'index_crc32': int}
-        if version is not None:
-            header.setdefault('max_size', None)  # which files of before it have not
-            kinds['max_size'] = (int, type(None))
-        if version is None or not all(isinstance(header.get(name, 0.0), kind) for name, kind in kinds.items()):
-            raise InputError(f'{path} has a damaged header: {REBUILD}')
-        return header
 
     def close(self) -> None:
         self.closed = True
@@ -218,9 +209,7 @@ class ImageFolderLMDB(ImageDataset):
     process holds nothing of it but the pages that it reads.
 
     Args:
-        path: the file.
-        transform: from an RGB image to what the loader collates.
-        on_bad_image: see `ImageDataset`.
+        transform, on_bad_image: see `ImageDataset`.
         verify: compare each record that is read with its checksum.
 
     Raises:
@@ -230,12 +219,7 @@ class ImageFolderLMDB(ImageDataset):
     remedy = REBUILD
 
     def __init__(
-        self,
-        path: str | Path,
-        transform: Transform | None = None,
-        *,
-        on_bad_image: str = 'stop',
-        verify: bool = False,
+        self, path: str | Path, transform: Transform | None = None, *, on_bad_image: str = 'stop', verify: bool = False
     ) -> None:
         self.file = Path(path).absolute()
         self.verify = verify
@@ -275,7 +259,7 @@ class ImageFolderLMDB(ImageDataset):
         """The record, without a copy: valid as long as this data set is open in this process."""
         store = self._open()
         try:
-            data = store.get(_key(position))
+            data = store.get(to_key(position))
         except lmdb.Error as err:
             raise ValueError(one_line(err)) from None
         if data is None:
@@ -287,8 +271,6 @@ class ImageFolderLMDB(ImageDataset):
     def file_size(self, index: int) -> int:
         return int(self._open().sizes[self._position(index)])
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """The bytes of each image's file, int64 (n,)."""
-        sizes = np.array(self._open().sizes)
-        return sizes if self._selected is None else sizes[self._selected]
+    def num_records(self) -> int:
+        """How many images the database has, whatever the index says."""
+        return self._open().env.stat()['entries'] - len((HEADER, INDEX))
