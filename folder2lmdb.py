@@ -38,9 +38,6 @@ CHUNK_IMAGES, CHUNK_BYTES = 256, 4 * 2**20  # what a reader process hands over a
 GROWTH = 256 * 2**20  # bytes by which the map grows at least
 
 
-# Writing
-
-
 def _read_files(dataset: ImageDataset, max_size: int | None, numbers: Sequence[int]) -> tuple[list[bytes], list[int]]:
     """The files of these images, with their checksums."""
     files = []

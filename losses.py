@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -96,15 +96,12 @@ class DistillationLoss(nn.Module):
         kind: 'none' for the base alone, 'soft' or 'hard'.
         alpha: the weight of distillation.
         tau: the temperature of 'soft'.
-
-    Raises:
-        ValueError: for another kind.
     """
 
-    def __init__(self, base: nn.Module, *, kind: str = 'none', alpha: float = 0.5, tau: float = 1.0) -> None:
+    def __init__(
+        self, base: nn.Module, *, kind: Literal['none', 'soft', 'hard'], alpha: float = 0.5, tau: float = 1.0
+    ) -> None:
         super().__init__()
-        if kind not in ('none', 'soft', 'hard'):
-            raise ValueError(f"kind must be 'none', 'soft' or 'hard', not {kind!r}")
         self.base = base
         self.kind = kind
         self.alpha = alpha

@@ -65,11 +65,7 @@ def _read_header(path: Path, txn: lmdb.Transaction) -> dict[str, Any]:
 
 
 def _check_table(table: pa.Table, header: dict[str, Any], file_size: int) -> list[str]:
-    """Checks what a table says as far as that needs no records; returns the class names.
-
-    Raises:
-        pa.ArrowInvalid, TypeError, ValueError: saying what is wrong.
-    """
+    """Checks what a table says, as far as that needs no records; returns the class names."""
     if not table.schema.equals(TABLE):
         raise ValueError(f'its columns are {", ".join(f"{field.name} {field.type}" for field in table.schema)}')
     table.validate(full=True)  # what its offsets point to lies in it, and they are in order
@@ -123,14 +119,10 @@ class _Store:
             raise
 
     def get(self, key: bytes) -> memoryview | None:
-        """A record, None if it is missing.
-
-        Raises:
-            lmdb.Error: if its page is damaged; the other records stay readable.
-        """
+        """A record, None if it is missing; lmdb.Error if its page is damaged."""
         try:
             return self.txn.get(key)
-        except lmdb.Error:  # after which a transaction is good for nothing
+        except lmdb.Error:  # after which a transaction is good for nothing; the other records are
             self.txn.abort()
             self.txn = self.env.begin(buffers=True)
             raise
@@ -161,24 +153,8 @@ if hasattr(os, 'register_at_fork'):  # Windows does not fork
     os.register_at_fork(after_in_child=_close_copies)
 
 
-def _open_store(path: Path, *, check_index: bool) -> _Store:
-    """This process's store of a file, of which LMDB allows one."""
-    try:
-        status = path.stat()
-    except OSError as err:
-        raise InputError(f'{path}: {err.strerror}; make it with folder2lmdb.py') from None
-    store = _stores.get((status.st_dev, status.st_ino))
-    if store is None:
-        store = _stores[status.st_dev, status.st_ino] = _Store(path, check_index=check_index)
-    return store
-
-
 def _open(path: Path) -> lmdb.Environment:
-    """Opens a database for reading, without locks and without readahead.
-
-    Raises:
-        InputError: if it cannot be opened, or is shorter than it says: reading that would kill the process.
-    """
+    """Opens a database for reading, without locks and without readahead."""
     where = path / 'data.mdb' if path.is_dir() else path
     try:
         if kind := special_kind(where.stat().st_mode):
@@ -194,7 +170,7 @@ def _open(path: Path) -> lmdb.Environment:
         raise InputError(f'{where} is no LMDB database, or a damaged one ({reason}): {REBUILD}') from None
     page_size, pages = env.stat()['psize'], env.info()['last_pgno'] + 1
     size = where.stat().st_size
-    if size < pages * page_size:
+    if size < pages * page_size:  # reading it would kill the process
         env.close()
         raise InputError(
             f'{where} is truncated: it has {size:,} of {pages * page_size:,} bytes; copy it again or {REBUILD}'
@@ -232,12 +208,18 @@ class ImageFolderLMDB(ImageDataset):
         super().__init__(None, store.classes, transform, on_bad_image=on_bad_image)
 
     def _open(self) -> _Store:
-        store = self._store
-        if store is None or store.closed:
-            known = hasattr(self, '_build')  # a loader process's copy: the index is checked once, in the first process
-            store = self._store = _open_store(self.file, check_index=not known)
-            if known and store.header['index_crc32'] != self._build:
-                raise InputError(f'{self.file} was replaced by another while it was in use')
+        """This process's store of the file, of which LMDB allows one."""
+        if self._store is not None and not self._store.closed:
+            return self._store
+        try:
+            status = self.file.stat()
+        except OSError as err:
+            raise InputError(f'{self.file}: {err.strerror}; make it with folder2lmdb.py') from None
+        known = hasattr(self, '_build')  # a loader process's copy: the index is checked once, in the first process
+        key = status.st_dev, status.st_ino
+        store = self._store = _stores[key] = _stores.get(key) or _Store(self.file, check_index=not known)
+        if known and store.header['index_crc32'] != self._build:
+            raise InputError(f'{self.file} was replaced by another while it was in use')
         return store
 
     def __getstate__(self) -> dict[str, Any]:

@@ -51,11 +51,6 @@ class LoaderOptions:
     pin_memory: bool = True
     timeout: float = 0.0
 
-    def cache_bytes(self) -> float:
-        """The memory for images on the device."""
-        room = self.cache_gib * 2**30
-        return min(room, torch.cuda.mem_get_info(self.device)[0] / 2) if self.device.type == 'cuda' else room
-
     def loader(self, dataset: Dataset[Any], *, processes: bool = True, **sampling: Any) -> TimedLoader:
         """A DataLoader with these options; `processes` False reads in this process."""
         workers = self.workers if processes else 0
@@ -92,10 +87,8 @@ class Normalize:
     """Images uint8 (B, 3, H, W) to float32 with ImageNet's mean and standard deviation, as the transforms do."""
 
     def __init__(self, device: torch.device) -> None:
-        self.mean, self.std = (
-            torch.tensor(values, device=device)[:, None, None]
-            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None]
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None]
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
@@ -200,11 +193,7 @@ class Prefetched:
 
 
 def _batched_augment(augmentation: Augmentation, *, seed: int, options: LoaderOptions) -> Augment | None:
-    """What the device does with the batches of training, None where PIL augments the images one by one.
-
-    Raises:
-        UsageError: if batched augmentation is asked for and does not cover the policy.
-    """
+    """What the device does with the batches of training, None where PIL augments the images one by one."""
     large_on_cpu = options.device.type == 'cpu' and not augmentation.has_fixed_crop
     if options.augment == 'pil' or (options.augment == 'auto' and large_on_cpu):
         return None
@@ -217,26 +206,6 @@ def _batched_augment(augmentation: Augmentation, *, seed: int, options: LoaderOp
             raise
         log(f'Note: augmentation runs in PIL ({err})')
         return None
-
-
-def _training_loader(
-    train: ImageDataset,
-    batches: TrainBatches,
-    augment: Augment | None,
-    *,
-    augmentation: Augmentation,
-    seed: int,
-    options: LoaderOptions,
-) -> Any:
-    """Training batches that loader processes read; without `augment` they augment too, on PIL images."""
-    erase = None
-    if augment is None and augmentation.resplit:
-        erase = RandomErasing(
-            augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device='cpu'
-        )
-    images = AugmentedImages(train, seed=seed, erase=erase)
-    loader = options.loader(images, batch_sampler=batches, persistent_workers=options.workers > 0)
-    return loader if augment is None else AugmentedLoader(loader, augment, options.device)
 
 
 def build_loaders(
@@ -271,12 +240,20 @@ def build_loaders(
         augment = _batched_augment(augmentation, seed=seed, options=options)
         kind = 'pil' if augment is None else 'batched, exact' if options.exact else 'batched'
         train.transform = augmentation.transform(train=True) if augment is None else augmentation.crop(train=True)
-        image_bytes, room = 3 * size**2, options.cache_bytes()
+        image_bytes, room = 3 * size**2, options.cache_gib * 2**30
+        if device.type == 'cuda':
+            room = min(room, torch.cuda.mem_get_info(device)[0] / 2)
         if augment is not None and augmentation.has_fixed_crop and len(train) * image_bytes <= room:
             loader = CachedLoader(train, range(len(train)), batches, augment, size=size, options=options)
             room -= len(train) * image_bytes
         else:
-            loader = _training_loader(train, batches, augment, augmentation=augmentation, seed=seed, options=options)
+            erase = None
+            if augment is None and augmentation.resplit:
+                settings = {'mode': augmentation.re_mode, 'max_count': augmentation.re_count, 'device': 'cpu'}
+                erase = RandomErasing(augmentation.re_prob, **settings)
+            images = AugmentedImages(train, seed=seed, erase=erase)
+            loader = options.loader(images, batch_sampler=batches, persistent_workers=options.workers > 0)
+            loader = loader if augment is None else AugmentedLoader(loader, augment, device)
         loader = Prefetched(loader, device) if device.type == 'cuda' else loader
         keeps_val = len(shard) * image_bytes <= room
     if keeps_val:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 import zipfile
 from collections import Counter
@@ -28,7 +27,7 @@ from config.errors import one_line_errors
 from config.flags import FlagParser
 from pipeline.files import Listing
 from pipeline.layouts import CLASSES_FILE, Lists, read_lists
-from training.checkpoint import remove_temporary, write_bytes, write_file
+from training.checkpoint import remove_temporary, write_bytes
 from training.lock import writing_to
 from utils import InputError, count, one_line
 
@@ -37,15 +36,10 @@ def _symlink(source: Path, target: Path) -> None:
     target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
 
 
-def _copy(source: Path, target: Path) -> None:
-    with open(source, 'rb') as original:
-        write_file(target, lambda file: shutil.copyfileobj(original, file))
-
-
 METHODS: dict[str, Callable[[Path, Path], object]] = {
     'hard link': lambda source, target: target.hardlink_to(source.resolve()),  # not of a link, which may be relative
     'symbolic link': _symlink,
-    'copy': _copy,
+    'copy': lambda source, target: write_bytes(target, source.read_bytes()),
 }
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EINVAL}
 
@@ -66,11 +60,7 @@ def find_domains(root: Path) -> list[str]:
 
 
 def find_sources(root: Path, domain: str) -> tuple[Lists, zipfile.ZipFile | None]:
-    """A domain's lists, and its zip file if there is one.
-
-    Raises:
-        InputError: if a list is missing, or there are neither images nor a zip file.
-    """
+    """A domain's lists, and its zip file if there is one."""
     folder = next((path for path in (root, root / domain) if (path / f'{domain}_train.txt').is_file()), root)
     lists = Lists(root, folder / f'{domain}_train.txt', folder / f'{domain}_test.txt')
     for path in lists[1:]:
@@ -108,11 +98,7 @@ def read_member(archive: zipfile.ZipFile | None, name: str) -> bytes:
 
 
 def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
-    """Arranges one domain; returns a line that says what was done.
-
-    Raises:
-        InputError: if something is missing or damaged, or `out` is where the images are.
-    """
+    """Arranges one domain; returns a line that says what was done."""
     lists, archive = find_sources(root, domain)
     folder = out / domain
     if folder.resolve() == (root / domain).resolve():
