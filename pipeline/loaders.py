@@ -136,7 +136,7 @@ class CachedLoader:
             places = draws[:, 0]
             if self.device.type == 'cuda':
                 places = places.pin_memory().to(self.device, non_blocking=True)
-            yield self.augment(self.images[places], draws), self.targets[places]
+            yield self.augment(self.images.index_select(0, places), draws), self.targets[places]
 
 
 class AugmentedLoader:
