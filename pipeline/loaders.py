@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
@@ -132,7 +133,7 @@ class CachedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batch_sampler:
-            draws = torch.tensor(batch).view(len(batch), -1)  # (B, 3); (B, 1) at evaluation
+            draws = torch.from_numpy(np.array(batch)).view(len(batch), -1)  # (B, 3); (B, 1) at evaluation
             places = draws[:, 0]
             if self.device.type == 'cuda':
                 places = places.pin_memory().to(self.device, non_blocking=True)
@@ -154,7 +155,7 @@ class AugmentedLoader:
     def __iter__(self) -> Iterator[Batch]:
         for draws, (images, targets) in zip(self.batch_sampler, self.loader, strict=True):
             images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
-            yield self.augment(images, torch.tensor(draws)), targets
+            yield self.augment(images, torch.from_numpy(np.array(draws))), targets
 
 
 class Prefetched:
