@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,10 +27,9 @@ def create_criterion(*, mixed: bool, smoothing: float, class_weights: Tensor | N
     """The loss of logits (B, num_classes), averaged over the batch.
 
     Args:
-        mixed: targets are distributions over the classes (B, num_classes), as mixup makes them, already smoothed;
-            otherwise they are class indices (B,).
-        smoothing: the share of each target that is spread over all classes, where mixup does not do it.
-        class_weights: (num_classes,), of each class's part of the loss, by PyTorch's rules.
+        mixed: targets are distributions (B, num_classes), as mixup makes and smooths them, not class indices (B,).
+        smoothing: of class indices.
+        class_weights: (num_classes,), by PyTorch's rules.
     """
     if class_weights is not None:
         return nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if mixed else smoothing)
@@ -45,8 +44,7 @@ class Teacher(nn.Module):
     Stays in eval mode and makes no gradients.
 
     Args:
-        model: from images (B, 3, S, S) to logits.
-        input_size: S, in pixels; batches of another size are resized.
+        model: from images (B, 3, S, S) to logits; S is the `input_size`, and batches of another size are resized.
         mean, std: of the channels, that the model was trained with.
         student_mean, student_std: those that the batches are normalised with.
     """
@@ -67,11 +65,9 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.input_size = input_size
-        own_mean, own_std, mean_, std_ = (
-            torch.tensor(v)[:, None, None] for v in (mean, std, student_mean, student_std)
-        )
-        self.register_buffer('scale', std_ / own_std)  # (3, 1, 1)
-        self.register_buffer('shift', (mean_ - own_mean) / own_std)
+        means, stds = (torch.tensor(pair)[..., None, None] for pair in ((student_mean, mean), (student_std, std)))
+        self.register_buffer('scale', stds[0] / stds[1])  # (3, 1, 1)
+        self.register_buffer('shift', (means[0] - means[1]) / stds[1])
         self.same_normalisation = tuple(mean) == tuple(student_mean) and tuple(std) == tuple(student_std)
         self.train(False)
 
@@ -100,15 +96,12 @@ class DistillationLoss(nn.Module):
         kind: 'none' for the base alone, 'soft' or 'hard'.
         alpha: the weight of distillation.
         tau: the temperature of 'soft'.
-
-    Raises:
-        ValueError: for another kind.
     """
 
-    def __init__(self, base: nn.Module, *, kind: str = 'none', alpha: float = 0.5, tau: float = 1.0) -> None:
+    def __init__(
+        self, base: nn.Module, *, kind: Literal['none', 'soft', 'hard'], alpha: float = 0.5, tau: float = 1.0
+    ) -> None:
         super().__init__()
-        if kind not in ('none', 'soft', 'hard'):
-            raise ValueError(f"kind must be 'none', 'soft' or 'hard', not {kind!r}")
         self.base = base
         self.kind = kind
         self.alpha = alpha
@@ -120,7 +113,6 @@ class DistillationLoss(nn.Module):
         Args:
             outputs: the logits (B, num_classes), or a pair of them: class and distillation head.
             targets: as `base` takes them.
-            teacher_logits: (B, num_classes), for distillation.
 
         Raises:
             ValueError: if distillation lacks the second logits or the teacher's.

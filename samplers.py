@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence, Sized
 from typing import NamedTuple
 
@@ -19,25 +20,12 @@ class RASampler(RepeatAugSampler):
     images the published one is empty; this one then keeps the whole length. Source: DeiT (Touvron et al. 2021),
     after Hoffer et al., "Augment your batch", CVPR 2020.
 
-    Args:
-        dataset: anything with a length.
-        num_replicas: the number of processes.
-        rank: this process's number.
-        shuffle: permute the images; call `set_epoch` before each epoch to permute them anew.
-        num_repeats: how often each image stands in the sequence that is dealt out.
+    Call `set_epoch` before each epoch.
     """
 
-    def __init__(
-        self, dataset: Sized, *, num_replicas: int = 1, rank: int = 0, shuffle: bool = True, num_repeats: int = 3
-    ) -> None:
-        super().__init__(
-            dataset,
-            num_replicas=num_replicas,
-            rank=rank,
-            shuffle=shuffle,
-            num_repeats=num_repeats,
-            selected_round=256 if len(dataset) >= 256 else 0,
-        )
+    def __init__(self, dataset: Sized, *, num_replicas: int = 1, rank: int = 0) -> None:
+        selected_round = 256 if len(dataset) >= 256 else 0
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, selected_round=selected_round)
 
 
 class BalancedSampler(Sampler[int]):
@@ -48,7 +36,6 @@ class BalancedSampler(Sampler[int]):
 
     Args:
         targets: class indices (n,).
-        seed: of the order, with the epoch's number.
         num_repeats: how often each image stands at its place, for repeated augmentation.
     """
 
@@ -68,9 +55,9 @@ class BalancedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        rounds = -(-self.length // (len(self.members) * self.num_repeats))
+        rounds = math.ceil(self.length / (len(self.members) * self.num_repeats))
         columns = [
-            np.concatenate([rng.permutation(images) for _ in range(-(-rounds // len(images)))])[:rounds]
+            np.concatenate([rng.permutation(images) for _ in range(math.ceil(rounds / len(images)))])[:rounds]
             for images in self.members
         ]
         order = rng.permuted(np.stack(columns, axis=1), axis=1).reshape(-1)  # (rounds, classes) to (rounds * classes,)
@@ -98,20 +85,16 @@ class TrainBatches(Sampler[list[Draw]]):
     """The batches of one process, for a DataLoader's `batch_sampler`.
 
     An epoch is a fixed sequence of draws, the published one: repeated augmentation's, or a permutation seeded with the
-    epoch; or a balanced one. Batch k of all processes together takes the k-th stretch of it, whose draws are dealt out
-    in turn; what does not fill a last batch is left out. A stretch that is to go on in the middle may have other
-    processes or batch sizes than it began with: the draws that remain are dealt out to those, each once. Should they be
-    fewer than the processes, they are left out.
+    epoch; or a balanced one. Batch k of all processes together takes the k-th part of it, whose draws are dealt out in
+    turn; what does not fill a last batch is left out. An epoch that goes on in the middle may have other processes or
+    batch sizes than it began with: the draws that remain are dealt out to those, each once, but for fewer draws than
+    processes, which are left out.
 
     Args:
-        num_images: in the data set.
         batch_size: draws for each process and batch.
-        num_replicas: the number of processes.
-        rank: this process's number.
         repeated: use repeated augmentation.
         even: give each process an even number of draws, which mixing needs.
-        balanced: class indices (num_images,), to draw each class equally often (`BalancedSampler`).
-        seed: of that.
+        balanced: class indices (num_images,), to draw each class equally often, in the order of a `seed`.
     """
 
     def __init__(
@@ -126,11 +109,10 @@ class TrainBatches(Sampler[list[Draw]]):
         balanced: np.ndarray | None = None,
         seed: int = 0,
     ) -> None:
-        self.num_images = num_images
         self.total_batch = batch_size * num_replicas
         self.num_replicas = num_replicas
         self.rank = rank
-        self.unit = 2 if even else 1
+        self.even = even
         self._sampler: RASampler | DistributedSampler | BalancedSampler
         if balanced is not None:
             self._sampler = BalancedSampler(balanced, seed=seed, num_repeats=3 if repeated else 1)
@@ -156,28 +138,24 @@ class TrainBatches(Sampler[list[Draw]]):
         """Sets the epoch, and the place in it, for the next iteration.
 
         Args:
-            epoch: seeds the order.
             done: draws of all processes that have been trained with.
             num_draws: the epoch's length, if it began with other processes or batch sizes.
-            left_out: stretches of draws, from and up to, that are not to be trained with.
+            left_out: ranges of draws, from and up to, that are not to be trained with.
             first: the number of the first batch, for those that count them.
         """
         self.epoch, self.first = epoch, first
         self.length = self.num_draws if num_draws is None else num_draws
-        places = np.arange(done, self.length)
+        places: np.ndarray = np.arange(done, self.length)
         for begin, end in left_out:
             places = places[(places < begin) | (places >= end)]
         count, rest = divmod(len(places), self.total_batch)
-        dealt_by = 1
+        self._dealt_by = 2 if rest and self.even else 1
+        turns = len(places) // (self._dealt_by * self.num_replicas)
         if rest:  # of another number of processes: batches as equal as can be, none of which leaves a process without
-            dealt_by = self.unit
-            turns = len(places) // (dealt_by * self.num_replicas)
             count = min(count + 1, turns)
-            places = places[: len(places) // dealt_by * dealt_by]
-        self._dealt_by = dealt_by
-        units = places.reshape(-1, dealt_by)
-        self._batches = [part.reshape(-1) for part in np.array_split(units, count)] if count else []
-        self.unplaced = 0 if count else len(places)  # draws, fewer than there are processes
+        places = places[: len(places) // self._dealt_by * self._dealt_by].reshape(-1, self._dealt_by)
+        self._batches = [part.reshape(-1) for part in np.array_split(places, count)] if count else []
+        self.unplaced = 0 if count else places.size  # draws, fewer than there are processes
 
     def __len__(self) -> int:
         return len(self._batches)

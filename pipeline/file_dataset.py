@@ -19,13 +19,10 @@ from pipeline.layouts import Split
 class FileDataset(ImageDataset):
     """Images that are files below a folder."""
 
-    def __init__(
-        self, split: Split, classes: Sequence[str], transform: Transform | None = None, *, on_bad_image: str = 'stop'
-    ) -> None:
+    def __init__(self, split: Split, classes: Sequence[str], *, on_bad_image: str = 'stop') -> None:
         self.root = str(split.root)
         self._paths = pack_names(split.paths)
-        labels = np.array(split.targets, dtype=np.int64)
-        super().__init__(labels, classes, transform, on_bad_image=on_bad_image)
+        super().__init__(np.array(split.targets, dtype=np.int64), classes, on_bad_image=on_bad_image)
 
     def _name(self, position: int) -> str:
         return os.fsdecode(self._paths[position])

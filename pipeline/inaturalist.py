@@ -22,7 +22,6 @@ def find_inaturalist(root: Path, *, year: int, category: str, train: bool) -> La
 
     Args:
         root: the folder of the JSON files and of train_val<year>/.
-        year: 2018 or 2019.
         category: one of `INAT_CATEGORIES`.
         train: whether the training split is needed; its annotations always are.
 
@@ -83,10 +82,10 @@ def _read_categories(path: Path, category: str) -> dict[int, str]:
         raise InputError(f'{path} is not a list of categories')
     names = {}
     for index, entry in enumerate(entries):
+        where = f'{path}, entry {index}'
         if isinstance(entry, dict) and category not in entry:
             known = [name for name in INAT_CATEGORIES if name in entry]
-            raise InputError(f'{path}, entry {index} has no key {category!r}; --inat-category may be {shorten(known)}')
-        where = f'{path}, entry {index}'
+            raise InputError(f'{where} has no key {category!r}; --inat-category may be {shorten(known)}')
         number = _get(entry, 'id', where) if isinstance(entry, dict) and 'id' in entry else index
         names[number] = _get(entry, category, where, str)
     return names

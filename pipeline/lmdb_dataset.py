@@ -1,4 +1,4 @@
-"""Images in one LMDB file: its format, its writer, its check and the data set that reads it.
+"""Images in one LMDB file: its format, and the data set that reads it. folder2lmdb.py writes and checks such files.
 
 Format, version 1. An LMDB database in a single file, whose keys are, in this order:
 
@@ -36,19 +36,36 @@ FORMAT, VERSION = 'image records', 1
 REBUILD = 'build it again with folder2lmdb.py --overwrite'
 HEADER, INDEX = b'header', b'index'  # after the numbers, whose first bytes are zero
 TABLE = pa.schema([('path', pa.large_binary()), ('label', pa.int32()), ('size', pa.int64()), ('crc32', pa.uint32())])
+to_key = struct.Struct('>Q').pack  # of an image's number
 
-_key = struct.Struct('>Q').pack
 
-
-# Reading
+def _read_header(path: Path, txn: lmdb.Transaction) -> dict[str, Any]:
+    value = txn.get(HEADER)
+    if value is None:
+        if txn.get(b'__keys__') is not None or txn.get(b'__len__') is not None:
+            raise InputError(
+                f'{path} is in the old format of pyarrow.serialize, which pyarrow has not had since version 12: '
+                f'from the images {REBUILD}'
+            )
+        raise InputError(f'{path} is an LMDB database, but none of folder2lmdb.py: it has no header')
+    try:
+        header = {'max_size': None, **json.loads(bytes(value))}  # which older files have not
+        version = header['version'] if header['format'] == FORMAT else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        version = None
+    if isinstance(version, int) and version != VERSION:
+        raise InputError(
+            f'{path} is of version {version} of its format, this program reads {VERSION}: '
+            f"{REBUILD}, or use the program's version that wrote it"
+        )
+    kinds = {'images': int, 'data_set': str, 'inat_category': str | None, 'max_size': int | None, 'index_crc32': int}
+    if version is None or not all(isinstance(header.get(name, ...), kind) for name, kind in kinds.items()):
+        raise InputError(f'{path} has a damaged header: {REBUILD}')
+    return header
 
 
 def _check_table(table: pa.Table, header: dict[str, Any], file_size: int) -> list[str]:
-    """Checks all that a table says which can be checked without the records; returns the class names.
-
-    Raises:
-        pa.ArrowInvalid, KeyError, TypeError, ValueError: saying what is wrong.
-    """
+    """Checks what a table says, as far as that needs no records; returns the class names."""
     if not table.schema.equals(TABLE):
         raise ValueError(f'its columns are {", ".join(f"{field.name} {field.type}" for field in table.schema)}')
     table.validate(full=True)  # what its offsets point to lies in it, and they are in order
@@ -81,7 +98,7 @@ class _Store:
         self.env = _open(path)
         self.txn = self.env.begin(buffers=True)
         try:
-            self.header = self._read_header(path)
+            self.header = _read_header(path, self.txn)
             index = self.txn.get(INDEX)
             if index is None:
                 raise InputError(f'{path} has no index: it is damaged; {REBUILD}')
@@ -92,11 +109,8 @@ class _Store:
                 buffer = pa.py_buffer(bytes(index))
             table = pa.ipc.open_stream(buffer).read_all()
             self.classes = _check_table(table, self.header, Path(self.env.path()).stat().st_size)
-            table = table.combine_chunks()
-            self.paths = table['path'].chunk(0)
-            self.labels, self.sizes, self.checksums = (
-                table[name].chunk(0).to_numpy() for name in ('label', 'size', 'crc32')
-            )
+            self.paths, *numbers = (column.chunk(0) for column in table.combine_chunks().columns)
+            self.labels, self.sizes, self.checksums = (column.to_numpy() for column in numbers)
         except (lmdb.Error, pa.ArrowException, OSError, LookupError, ValueError, TypeError, RecursionError) as err:
             self.close()
             raise InputError(f'{path} is damaged ({one_line(err)}): {REBUILD}') from None
@@ -105,44 +119,13 @@ class _Store:
             raise
 
     def get(self, key: bytes) -> memoryview | None:
-        """A record, None if it is missing.
-
-        Raises:
-            lmdb.Error: if its page is damaged; the other records stay readable.
-        """
+        """A record, None if it is missing; lmdb.Error if its page is damaged."""
         try:
             return self.txn.get(key)
-        except lmdb.Error:  # after which a transaction is good for nothing
+        except lmdb.Error:  # after which a transaction is good for nothing; the other records are
             self.txn.abort()
             self.txn = self.env.begin(buffers=True)
             raise
-
-    def _read_header(self, path: Path) -> dict[str, Any]:
-        value = self.txn.get(HEADER)
-        if value is None:
-            if self.txn.get(b'__keys__') is not None or self.txn.get(b'__len__') is not None:
-                raise InputError(
-                    f'{path} is in the old format of pyarrow.serialize, which pyarrow has not had since version 12: '
-                    f'from the images {REBUILD}'
-                )
-            raise InputError(f'{path} is an LMDB database, but none of folder2lmdb.py: it has no header')
-        try:
-            header = json.loads(bytes(value))
-            version = header['version'] if header['format'] == FORMAT else None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            version = None
-        if isinstance(version, int) and version != VERSION:
-            raise InputError(
-                f'{path} is of version {version} of its format, this program reads {VERSION}: '
-                f"{REBUILD}, or use the program's version that wrote it"
-            )
-        kinds: dict[str, Any] = {'images': int, 'data_set': str, 'inat_category': (str, type(None)), 'index_crc32': int}
-        if version is not None:
-            header.setdefault('max_size', None)  # which files of before it have not
-            kinds['max_size'] = (int, type(None))
-        if version is None or not all(isinstance(header.get(name, 0.0), kind) for name, kind in kinds.items()):
-            raise InputError(f'{path} has a damaged header: {REBUILD}')
-        return header
 
     def close(self) -> None:
         self.closed = True
@@ -170,24 +153,8 @@ if hasattr(os, 'register_at_fork'):  # Windows does not fork
     os.register_at_fork(after_in_child=_close_copies)
 
 
-def _open_store(path: Path, *, check_index: bool) -> _Store:
-    """This process's store of a file, of which LMDB allows one."""
-    try:
-        status = path.stat()
-    except OSError as err:
-        raise InputError(f'{path}: {err.strerror}; make it with folder2lmdb.py') from None
-    store = _stores.get((status.st_dev, status.st_ino))
-    if store is None:
-        store = _stores[status.st_dev, status.st_ino] = _Store(path, check_index=check_index)
-    return store
-
-
 def _open(path: Path) -> lmdb.Environment:
-    """Opens a database for reading, without locks and without readahead.
-
-    Raises:
-        InputError: if it cannot be opened, or is shorter than it says: reading that would kill the process.
-    """
+    """Opens a database for reading, without locks and without readahead."""
     where = path / 'data.mdb' if path.is_dir() else path
     try:
         if kind := special_kind(where.stat().st_mode):
@@ -203,7 +170,7 @@ def _open(path: Path) -> lmdb.Environment:
         raise InputError(f'{where} is no LMDB database, or a damaged one ({reason}): {REBUILD}') from None
     page_size, pages = env.stat()['psize'], env.info()['last_pgno'] + 1
     size = where.stat().st_size
-    if size < pages * page_size:
+    if size < pages * page_size:  # reading it would kill the process
         env.close()
         raise InputError(
             f'{where} is truncated: it has {size:,} of {pages * page_size:,} bytes; copy it again or {REBUILD}'
@@ -218,9 +185,7 @@ class ImageFolderLMDB(ImageDataset):
     process holds nothing of it but the pages that it reads.
 
     Args:
-        path: the file.
-        transform: from an RGB image to what the loader collates.
-        on_bad_image: see `ImageDataset`.
+        transform, on_bad_image: see `ImageDataset`.
         verify: compare each record that is read with its checksum.
 
     Raises:
@@ -230,12 +195,7 @@ class ImageFolderLMDB(ImageDataset):
     remedy = REBUILD
 
     def __init__(
-        self,
-        path: str | Path,
-        transform: Transform | None = None,
-        *,
-        on_bad_image: str = 'stop',
-        verify: bool = False,
+        self, path: str | Path, transform: Transform | None = None, *, on_bad_image: str = 'stop', verify: bool = False
     ) -> None:
         self.file = Path(path).absolute()
         self.verify = verify
@@ -248,12 +208,18 @@ class ImageFolderLMDB(ImageDataset):
         super().__init__(None, store.classes, transform, on_bad_image=on_bad_image)
 
     def _open(self) -> _Store:
-        store = self._store
-        if store is None or store.closed:
-            known = hasattr(self, '_build')  # a loader process's copy: the index is checked once, in the first process
-            store = self._store = _open_store(self.file, check_index=not known)
-            if known and store.header['index_crc32'] != self._build:
-                raise InputError(f'{self.file} was replaced by another while it was in use')
+        """This process's store of the file, of which LMDB allows one."""
+        if self._store is not None and not self._store.closed:
+            return self._store
+        try:
+            status = self.file.stat()
+        except OSError as err:
+            raise InputError(f'{self.file}: {err.strerror}; make it with folder2lmdb.py') from None
+        known = hasattr(self, '_build')  # a loader process's copy: the index is checked once, in the first process
+        key = status.st_dev, status.st_ino
+        store = self._store = _stores[key] = _stores.get(key) or _Store(self.file, check_index=not known)
+        if known and store.header['index_crc32'] != self._build:
+            raise InputError(f'{self.file} was replaced by another while it was in use')
         return store
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,7 +241,7 @@ class ImageFolderLMDB(ImageDataset):
         """The record, without a copy: valid as long as this data set is open in this process."""
         store = self._open()
         try:
-            data = store.get(_key(position))
+            data = store.get(to_key(position))
         except lmdb.Error as err:
             raise ValueError(one_line(err)) from None
         if data is None:
@@ -287,8 +253,6 @@ class ImageFolderLMDB(ImageDataset):
     def file_size(self, index: int) -> int:
         return int(self._open().sizes[self._position(index)])
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """The bytes of each image's file, int64 (n,)."""
-        sizes = np.array(self._open().sizes)
-        return sizes if self._selected is None else sizes[self._selected]
+    def num_records(self) -> int:
+        """How many images the database has, whatever the index says."""
+        return self._open().env.stat()['entries'] - len((HEADER, INDEX))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,17 +11,17 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pipeline.augment import BatchedAugment
 from pipeline.images import ImageDataset
 from pipeline.transforms import Augmentation, AugmentedImages
 from pipeline.workers import check_loader_processes, deadline, ignore_signals
-from samplers import Draw, EvalSampler, TrainBatches
+from samplers import EvalSampler, TrainBatches
 from utils import SizedLoader, UsageError, log
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S), class indices (B,)
-GIB = 2**30
+Augment = Callable[[Tensor, Tensor], Tensor]  # of images and their draws
 FEW_IMAGES = 4096  # are read faster than loader processes start
 
 
@@ -37,13 +36,11 @@ class LoaderOptions:
     """How batches are made, and where.
 
     Args:
-        device: where the model is.
         workers: loader processes.
         augment: 'pil', 'batched', or 'auto', which chooses batched augmentation where it knows the policy, but not for
             large images on a CPU, which Pillow handles faster.
         exact: timm's pixels to the bit in batched augmentation, more slowly.
         cache_gib: memory for images on the device, in GiB; at most half of what a GPU has free.
-        pin_memory: pin batches in host memory, for GPUs.
         timeout: seconds to wait for a loader process.
     """
 
@@ -54,11 +51,6 @@ class LoaderOptions:
     cache_gib: float = 4.0
     pin_memory: bool = True
     timeout: float = 0.0
-
-    def cache_bytes(self) -> float:
-        """The memory for images on the device."""
-        room = self.cache_gib * GIB
-        return min(room, torch.cuda.mem_get_info(self.device)[0] / 2) if self.device.type == 'cuda' else room
 
     def loader(self, dataset: Dataset[Any], *, processes: bool = True, **sampling: Any) -> TimedLoader:
         """A DataLoader with these options; `processes` False reads in this process."""
@@ -96,26 +88,36 @@ class Normalize:
     """Images uint8 (B, 3, H, W) to float32 with ImageNet's mean and standard deviation, as the transforms do."""
 
     def __init__(self, device: torch.device) -> None:
-        self.mean, self.std = (
-            torch.tensor(values, device=device)[:, None, None]
-            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None]
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None]
 
-    def __call__(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-class ImageCache:
-    """Images of a data set on the device, uint8 (n, 3, S, S), with their class indices.
+class CachedLoader:
+    """Batches of images that stay on the device, augmented there: they are read once, and then by no loader process.
 
     Args:
         dataset: its transform gives uint8 tensors (3, S, S), the same each time.
-        indices: the images, in this order.
+        indices: the images to keep.
+        batches: the draws of each batch, or at evaluation the places in `indices`.
+        augment: from images uint8 (B, 3, S, S) and draws (B, 3) to what the model gets.
         size: S.
-        options: of the loader that reads them, once.
     """
 
-    def __init__(self, dataset: ImageDataset, indices: Sequence[int], *, size: int, options: LoaderOptions) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        indices: Sequence[int],
+        batches: Any,
+        augment: Augment,
+        *,
+        size: int,
+        options: LoaderOptions,
+    ) -> None:
+        self.batch_sampler = batches
+        self.augment = augment
         self.device = options.device
         self.images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=self.device)
         self.targets = torch.empty(len(indices), dtype=torch.int64, device=self.device)
@@ -126,50 +128,22 @@ class ImageCache:
             self.targets[first : first + len(images)].copy_(targets, non_blocking=True)
             first += len(images)
 
-    def take(self, indices: Sequence[int]) -> Batch:
-        index = torch.tensor(indices)
-        if self.device.type == 'cuda':
-            index = index.pin_memory().to(self.device, non_blocking=True)
-        return self.images[index], self.targets[index]
-
-
-def _numbers(draws: Sequence[Draw]) -> Tensor:
-    return torch.from_numpy(np.array(draws, dtype=np.int64).reshape(-1, 3))
-
-
-class CachedTraining:
-    """Training batches out of a cache, augmented on the device: no loader processes.
-
-    Args:
-        cache: the training images.
-        batches: says which are in a batch.
-        augment: from images uint8 (B, 3, S, S) and draws (B, 3) to what the model is trained with.
-    """
-
-    def __init__(self, cache: ImageCache, batches: TrainBatches, augment: Callable[..., Tensor]) -> None:
-        self.cache = cache
-        self.batch_sampler = batches
-        self.augment = augment
-
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for draws in self.batch_sampler:
-            images, targets = self.cache.take([draw.image for draw in draws])
-            yield self.augment(images, _numbers(draws)), targets
+        for batch in self.batch_sampler:
+            draws = torch.from_numpy(np.array(batch)).view(len(batch), -1)  # (B, 3); (B, 1) at evaluation
+            places = draws[:, 0]
+            if self.device.type == 'cuda':
+                places = places.pin_memory().to(self.device, non_blocking=True)
+            yield self.augment(self.images.index_select(0, places), draws), self.targets[places]
 
 
-class AugmentedBatches:
-    """Training batches that loader processes decode and crop, augmented on the device.
+class AugmentedLoader:
+    """Training batches uint8 (B, 3, S, S) that loader processes decode and crop, augmented on the device."""
 
-    Args:
-        loader: gives uint8 images (B, 3, S, S), by a `TrainBatches`.
-        augment: as for `CachedTraining`.
-        device: where the batches go.
-    """
-
-    def __init__(self, loader: DataLoader, augment: Callable[..., Tensor], device: torch.device) -> None:
+    def __init__(self, loader: DataLoader, augment: Augment, device: torch.device) -> None:
         self.loader = loader
         self.batch_sampler: TrainBatches = loader.batch_sampler  # type: ignore[assignment]
         self.augment = augment
@@ -180,35 +154,12 @@ class AugmentedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for draws, (images, targets) in zip(self.batch_sampler, self.loader, strict=True):
-            moved = images.to(self.device, non_blocking=True)
-            yield self.augment(moved, _numbers(draws)), targets.to(self.device, non_blocking=True)
-
-
-class CachedEvaluation:
-    """Batches of a cache in its order, normalised."""
-
-    def __init__(self, cache: ImageCache, *, batch_size: int) -> None:
-        self.cache = cache
-        self.batch_size = batch_size
-        self.normalize = Normalize(cache.device)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.cache.images) / self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for images, targets in zip(
-            self.cache.images.split(self.batch_size), self.cache.targets.split(self.batch_size), strict=True
-        ):
-            yield self.normalize(images), targets
+            images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
+            yield self.augment(images, torch.from_numpy(np.array(draws))), targets
 
 
 class Prefetched:
-    """Batches that are on a GPU when they are asked for: the next is copied, and augmented, on a stream of its own.
-
-    Args:
-        loader: whatever gives batches.
-        device: a GPU.
-    """
+    """Batches that are on a GPU when they are asked for: the next is copied, and augmented, on a stream of its own."""
 
     def __init__(self, loader: Any, device: torch.device) -> None:
         self.loader = loader
@@ -220,17 +171,16 @@ class Prefetched:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = self.stream
-        stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still be filling the cache
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still be filling the cache
         iterator = iter(self.loader)
 
         def fetch() -> tuple[Batch, torch.cuda.Event] | None:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self.stream):
                 batch = next(iterator, None)
                 if batch is None:
                     return None
                 images, targets = (part.to(self.device, non_blocking=True) for part in batch)
-                return (images, targets), stream.record_event()
+                return (images, targets), self.stream.record_event()
 
         ahead = fetch()
         while ahead is not None:
@@ -243,14 +193,8 @@ class Prefetched:
             yield batch
 
 
-def _batched_pipeline(
-    augmentation: Augmentation, *, seed: int, options: LoaderOptions
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """What the device does with the batches of training, None where PIL augments the images one by one.
-
-    Raises:
-        UsageError: if batched augmentation is asked for and does not cover the policy.
-    """
+def _batched_augment(augmentation: Augmentation, *, seed: int, options: LoaderOptions) -> Augment | None:
+    """What the device does with the batches of training, None where PIL augments the images one by one."""
     large_on_cpu = options.device.type == 'cpu' and not augmentation.has_fixed_crop
     if options.augment == 'pil' or (options.augment == 'auto' and large_on_cpu):
         return None
@@ -263,40 +207,6 @@ def _batched_pipeline(
             raise
         log(f'Note: augmentation runs in PIL ({err})')
         return None
-
-
-def _training_loader(
-    train: ImageDataset,
-    batches: TrainBatches,
-    pipeline: Callable[[Tensor, Tensor], Tensor] | None,
-    *,
-    augmentation: Augmentation,
-    seed: int,
-    options: LoaderOptions,
-    cached: bool,
-) -> TrainLoader:
-    """The loader of training, which gives the images their transform.
-
-    Args:
-        pipeline: of `_batched_pipeline`.
-        cached: keep the images on the device.
-    """
-    loader: Any
-    train.transform = augmentation.transform(train=True) if pipeline is None else augmentation.crop(train=True)
-    if cached and pipeline is not None:
-        cache = ImageCache(train, range(len(train)), size=augmentation.input_size, options=options)
-        loader = CachedTraining(cache, batches, pipeline)
-    else:
-        erase = None
-        if pipeline is None and augmentation.resplit:
-            erase = RandomErasing(
-                augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device='cpu'
-            )
-        images = AugmentedImages(train, seed=seed, erase=erase)
-        loader = options.loader(images, batch_sampler=batches, persistent_workers=options.workers > 0)
-        if pipeline is not None:
-            loader = AugmentedBatches(loader, pipeline, options.device)
-    return Prefetched(loader, options.device) if options.device.type == 'cuda' else loader
 
 
 def build_loaders(
@@ -316,33 +226,41 @@ def build_loaders(
     evaluation and up to 32 px, are kept on the device where they fit; but an evaluation alone reads each once anyway.
 
     Args:
-        train, val: the splits; train is None for evaluation alone.
-        batches: of training.
-        shard: this process's share of evaluation.
-        eval_batch_size: images.
-        augmentation: the pipeline's settings.
-        seed: the run's.
-        options: how batches are made.
+        train, batches: what is trained with, and its batches; None for evaluation alone.
+        val, shard: what is evaluated, and this process's share of it.
 
     Raises:
         UsageError: if the policy is not covered by what is asked for.
     """
     kind = 'none'
-    train_loader: TrainLoader | None = None
+    loader: Any = None
+    size, device = augmentation.input_size, options.device
     keeps_val = False
     if train is not None:
         assert batches is not None
-        pipeline = _batched_pipeline(augmentation, seed=seed, options=options)
-        kind = 'pil' if pipeline is None else 'batched, exact' if options.exact else 'batched'
-        image_bytes, room = 3 * augmentation.input_size**2, options.cache_bytes()
-        keeps_train = pipeline is not None and augmentation.has_fixed_crop and len(train) * image_bytes <= room
-        keeps_val = (len(shard) + keeps_train * len(train)) * image_bytes <= room
-        train_loader = _training_loader(
-            train, batches, pipeline, augmentation=augmentation, seed=seed, options=options, cached=keeps_train
-        )
+        augment = _batched_augment(augmentation, seed=seed, options=options)
+        kind = 'pil' if augment is None else 'batched, exact' if options.exact else 'batched'
+        train.transform = augmentation.transform(train=True) if augment is None else augmentation.crop(train=True)
+        image_bytes, room = 3 * size**2, options.cache_gib * 2**30
+        if device.type == 'cuda':
+            room = min(room, torch.cuda.mem_get_info(device)[0] / 2)
+        if augment is not None and augmentation.has_fixed_crop and len(train) * image_bytes <= room:
+            loader = CachedLoader(train, range(len(train)), batches, augment, size=size, options=options)
+            room -= len(train) * image_bytes
+        else:
+            erase = None
+            if augment is None and augmentation.resplit:
+                settings = {'mode': augmentation.re_mode, 'max_count': augmentation.re_count, 'device': 'cpu'}
+                erase = RandomErasing(augmentation.re_prob, **settings)
+            images = AugmentedImages(train, seed=seed, erase=erase)
+            loader = options.loader(images, batch_sampler=batches, persistent_workers=options.workers > 0)
+            loader = loader if augment is None else AugmentedLoader(loader, augment, device)
+        loader = Prefetched(loader, device) if device.type == 'cuda' else loader
+        keeps_val = len(shard) * image_bytes <= room
     if keeps_val:
         val.transform = augmentation.crop(train=False)
-        cache = ImageCache(val, shard.indices, size=augmentation.input_size, options=options)
-        return train_loader, CachedEvaluation(cache, batch_size=eval_batch_size), kind
+        places = BatchSampler(range(len(shard)), eval_batch_size, drop_last=False)
+        cached = CachedLoader(val, shard.indices, places, Normalize(device), size=size, options=options)
+        return loader, cached, kind
     val.transform = augmentation.transform(train=False)
-    return train_loader, options.loader(val, sampler=shard, batch_size=eval_batch_size), kind
+    return loader, options.loader(val, sampler=shard, batch_size=eval_batch_size), kind

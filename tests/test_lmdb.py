@@ -634,7 +634,6 @@ def test_format_as_documented(folder: Path) -> None:
 
 def test_the_map_grows(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('folder2lmdb.GROWTH', 65536)
-    monkeypatch.setattr('folder2lmdb.COMMIT_IMAGES', 16)
     monkeypatch.setattr('folder2lmdb.CHUNK_IMAGES', 8)
     root = make_folder({'train': ['a'], 'val': ['a']}, images=200, size=64)
     build(root)

@@ -20,7 +20,7 @@ from config.arguments import get_args_parser, parse_args
 from config.models import recompute_blocks
 from datasets import load_digits
 from main import main
-from pipeline.loaders import CachedEvaluation, CachedTraining, LoaderOptions, Prefetched, build_loaders
+from pipeline.loaders import CachedLoader, LoaderOptions, Prefetched, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
 from tests.conftest import PLAIN, SMALL_MODEL
@@ -64,8 +64,8 @@ def test_without_augmentation_all_loaders_give_the_same_batches() -> None:
     assert kind == 'pil' and isinstance(expected, torch.utils.data.DataLoader)
     for options in ({}, {'cache_gib': 0}, {'cache_gib': 0, 'workers': 2}):
         found, found_val, kind = loaders(plain, **options)
-        assert kind == 'batched' and isinstance(found, CachedTraining) == (not options)
-        assert isinstance(found_val, CachedEvaluation) == (not options)
+        assert kind == 'batched' and isinstance(found, CachedLoader) == (not options)
+        assert isinstance(found_val, CachedLoader) == (not options)
         assert same(batches_of(found), batches_of(expected)) and same(batches_of(found_val), batches_of(expected_val))
 
 
@@ -73,7 +73,7 @@ def test_augmented_batches_are_the_same_from_the_cache_and_from_loader_processes
     cached, *_ = loaders(settings())
     for workers in (0, 2):
         found, *_ = loaders(settings(), cache_gib=0, workers=workers)
-        assert not isinstance(found, CachedTraining)
+        assert not isinstance(found, CachedLoader)
         assert same(batches_of(found), batches_of(cached))
     before = batches_of(cached)
     cached.batch_sampler.start(1)
@@ -84,7 +84,7 @@ def test_a_cache_takes_what_fits() -> None:
     """1,437 training and 360 test images of 3 x 16 x 16 bytes: 1.05 and 0.26 MiB."""
     for mib, kinds in ((1.4, (True, True)), (1.2, (True, False)), (0.3, (False, True)), (0.2, (False, False))):
         train, val, _ = loaders(settings(), cache_gib=mib / 1024)
-        assert (isinstance(train, CachedTraining), isinstance(val, CachedEvaluation)) == kinds
+        assert (isinstance(train, CachedLoader), isinstance(val, CachedLoader)) == kinds
 
 
 def test_policies_that_are_not_covered(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_large_images_are_cropped_in_the_loader(make_folder: MakeFolder) -> None
             shard=EvalSampler(splits.val), eval_batch_size=8, augmentation=augmentation, seed=1,
             options=LoaderOptions(device=CPU, workers=workers, augment='batched')
         )  # fmt: skip
-        assert kind == 'batched' and not isinstance(loader, CachedTraining)
+        assert kind == 'batched' and not isinstance(loader, CachedLoader)
         found.append(batches_of(loader))
     assert found[0][0][0].shape == (8, 3, 48, 48) and same(*found)
 

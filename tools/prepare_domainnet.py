@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 import zipfile
 from collections import Counter
@@ -28,7 +27,7 @@ from config.errors import one_line_errors
 from config.flags import FlagParser
 from pipeline.files import Listing
 from pipeline.layouts import CLASSES_FILE, Lists, read_lists
-from training.checkpoint import remove_temporary, write_bytes, write_file
+from training.checkpoint import remove_temporary, write_bytes
 from training.lock import writing_to
 from utils import InputError, count, one_line
 
@@ -37,16 +36,11 @@ def _symlink(source: Path, target: Path) -> None:
     target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
 
 
-def _hard_link(source: Path, target: Path) -> None:
-    os.link(source.resolve(), target)  # not of a link that may point elsewhere from its new place
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, 'rb') as original:
-        write_file(target, lambda file: shutil.copyfileobj(original, file))
-
-
-METHODS: dict[str, Callable[[Path, Path], object]] = {'hard link': _hard_link, 'symbolic link': _symlink, 'copy': _copy}
+METHODS: dict[str, Callable[[Path, Path], object]] = {
+    'hard link': lambda source, target: target.hardlink_to(source.resolve()),  # not of a link, which may be relative
+    'symbolic link': _symlink,
+    'copy': lambda source, target: write_bytes(target, source.read_bytes()),
+}
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EINVAL}
 
 
@@ -66,11 +60,7 @@ def find_domains(root: Path) -> list[str]:
 
 
 def find_sources(root: Path, domain: str) -> tuple[Lists, zipfile.ZipFile | None]:
-    """A domain's lists, and its zip file if there is one.
-
-    Raises:
-        InputError: if a list is missing, or there are neither images nor a zip file.
-    """
+    """A domain's lists, and its zip file if there is one."""
     folder = next((path for path in (root, root / domain) if (path / f'{domain}_train.txt').is_file()), root)
     lists = Lists(root, folder / f'{domain}_train.txt', folder / f'{domain}_test.txt')
     for path in lists[1:]:
@@ -98,25 +88,17 @@ def link_or_copy(source: Path, target: Path, methods: list[str]) -> str:
             methods.pop(0)
 
 
-def unpack(archive: zipfile.ZipFile, name: str, target: Path) -> None:
-    """Places a file out of a zip file, whose checksum is verified.
-
-    Raises:
-        InputError: if it is damaged.
-    """
+def read_member(archive: zipfile.ZipFile | None, name: str) -> bytes:
+    """The bytes of a file in a zip file, which verifies its checksum."""
+    assert archive is not None
     try:
-        data = archive.read(name)
+        return archive.read(name)
     except Exception as err:  # zipfile and its decompressors raise several kinds on damaged files
         raise InputError(f'{archive.filename}: {name} is damaged ({one_line(err)}): download it again') from None
-    write_bytes(target, data)
 
 
 def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
-    """Arranges one domain; returns a line that says what was done.
-
-    Raises:
-        InputError: if something is missing or damaged, or `out` is where the images are.
-    """
+    """Arranges one domain; returns a line that says what was done."""
     lists, archive = find_sources(root, domain)
     folder = out / domain
     if folder.resolve() == (root / domain).resolve():
@@ -124,26 +106,26 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
     rows, classes = read_lists(lists)
     listing = Listing(root)
     members = set(archive.namelist()) if archive is not None else set()
-    jobs = [
+    listed = [
         (name, folder / split / PurePosixPath(name).parent.name / PurePosixPath(name).name)
         for split in ('train', 'val')
         for name, _ in rows[split]
     ]
-    expected = {target for _, target in jobs}
-    if len(expected) < len(jobs):
-        again = [str(target) for target, times in Counter(target for _, target in jobs).items() if times > 1]
+    times = Counter(target for _, target in listed)
+    if len(times) < len(listed):
+        again = [str(target) for target in times if times[target] > 1]
         raise InputError(f'{lists.train} and {lists.val.name} name {count(again, "file")} more than once')
-    here = {name for name, _ in jobs if name in listing and (root / name).is_file()}  # no folders or broken links
-    absent = [name for name, target in jobs if name not in here and name not in members and not target.is_file()]
+    here = {name for name, _ in listed if name in listing and (root / name).is_file()}  # no folders or broken links
+    absent = [name for name, target in listed if name not in here and name not in members and not target.is_file()]
     if absent:
         print('\n'.join(f'missing: {name}' for name in absent))
         if not allow_missing:
             raise InputError(
-                f'{len(absent)} of the {sum(map(len, rows.values()))} listed files of {domain} are missing: '
+                f'{len(absent)} of the {len(listed)} listed files of {domain} are missing: '
                 'unpack it again, or leave them out with --allow-missing'
             )
     missing = set(absent)
-    jobs = [(name, target) for name, target in jobs if name not in missing]
+    jobs = [(name, target) for name, target in listed if name not in missing]
     folder.mkdir(parents=True, exist_ok=True)
     with writing_to(folder):
         names = ('\n'.join(classes) + '\n').encode()
@@ -161,13 +143,12 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
                 elif name in here:
                     done[link_or_copy(root / name, target, methods)] += 1
                 else:
-                    assert archive is not None
-                    unpack(archive, name, target)
+                    write_bytes(target, read_member(archive, name))
                     done[f'out of {domain}.zip'] += 1
             except OSError as err:
                 err.filename = err.filename or str(target)  # a full disk names no file
                 raise
-    others = [str(path) for path in folder.glob('*/*/*') if path not in expected and not path.name.startswith('.')]
+    others = [str(path) for path in folder.glob('*/*/*') if path not in times and not path.name.startswith('.')]
     if others:
         raise InputError(
             f'{folder} holds {count(others, "file")} that these lists do not name: remove what is not theirs'

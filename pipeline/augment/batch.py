@@ -20,7 +20,8 @@ from pipeline.transforms import Augmentation
 from utils import UsageError
 
 PADDING = 4  # pixels of zeros on each side, for the random crop of small images
-FILL = [round(255 * value) for value in IMAGENET_DEFAULT_MEAN]  # of pixels from outside of the image
+FILL = np.array([round(255 * value) for value in IMAGENET_DEFAULT_MEAN], np.uint8)  # for pixels from outside
+NORMALIZATION = np.array([[255.0] * 3, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
 
 
 def apply_op(
@@ -32,18 +33,16 @@ def apply_op(
     fill: Sequence[int] = (128, 128, 128),
     exact: bool = False,
 ) -> Tensor:
-    """One op of timm's table on each image of a batch.
+    """One op of timm's table on each image of a batch, uint8 (B, 3, H, W).
 
     Args:
-        images: uint8 (B, 3, H, W).
         name: of `OPS`.
         argument: (B,), what timm's function of that name takes; any numbers where it takes none.
         cubic, fill, exact: as for `apply_step`.
     """
     step = make_step(OPS[name].kind, np.arange(len(images)), argument, (images.shape[2], images.shape[3]), cubic=cubic)
-    index, values = send([step.index, step.values], images.device)
+    index, values, colour = send([step.index, step.values, np.array(fill, np.uint8)], images.device)
     out = images.clone()
-    colour = torch.tensor(fill, dtype=torch.uint8, device=images.device)
     apply_step(out, step.kind, index, values, colour, cubic=cubic, exact=exact)
     return out
 
@@ -99,15 +98,9 @@ class BatchedAugment:
         self.policy = read_policy(policy) if policy else None
         # timm turns colour jitter off beside RandAugment, except beside 3-Augment, which it looks for by these letters.
         self.jitter = settings.color_jitter if not policy or '3a' in policy else 0.0
-        self._constants: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def plan(self, draws: np.ndarray, size: Size) -> Plan:
-        """Draws the random numbers of a batch.
-
-        Args:
-            draws: int64 (B, 3): image, epoch, repeat.
-            size: of the images.
-        """
+        """Draws the random numbers of a batch, for draws (B, 3) of images of a size."""
         settings = self.settings
         keys = sample_keys(self.seed, draws)
         corner = np.floor(uniforms(keys, Purpose.CROP, 2) * (2 * PADDING + 1)).astype(np.int64)
@@ -142,12 +135,12 @@ class BatchedAugment:
         if self.exact and device.type == 'mps':
             raise UsageError('--augment-exact needs float64, which MPS does not have')
         plan = self.plan(draws.numpy(), (height, width))
-        arrays = [plan.top, plan.left, plan.flip.astype(np.int64)]
+        arrays = [FILL, NORMALIZATION, plan.top, plan.left, plan.flip.astype(np.int64)]
         arrays += [array for steps in plan.steps for step in steps for array in (step.index, step.values)]
         if plan.erasing is not None:
             arrays += [plan.erasing.boxes, plan.erasing.keys, plan.erasing.colours]
         sent = iter(send(arrays, device))
-        fill, divisor, mean, std = self._constants_on(device)
+        fill, (divisor, mean, std) = next(sent), next(sent).float()
 
         images = self._crop_and_flip(images, next(sent), next(sent), next(sent))
         for steps in plan.steps:
@@ -159,16 +152,6 @@ class BatchedAugment:
         if plan.erasing is not None:
             erase(out, plan.erasing, *sent, noise=self.settings.re_mode == 'pixel')
         return out
-
-    def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fill colour, 255, the means and the deviations on a device."""
-        if device not in self._constants:
-            divisor, mean, std = (
-                torch.tensor(values).view(-1, 1, 1).to(device)
-                for values in ([255.0], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-            )
-            self._constants[device] = (torch.tensor(FILL, dtype=torch.uint8).to(device), divisor, mean, std)
-        return self._constants[device]
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """A new tensor, whatever is done."""

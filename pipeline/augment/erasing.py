@@ -29,11 +29,9 @@ def plan_erasing(keys: np.ndarray, size: Size, *, prob: float, mode: str, count:
     Ten boxes are tried for each, and the first is taken that is smaller than the image both ways.
 
     Args:
-        keys: (B,).
-        size: of the images.
+        keys: of the samples (B,).
         prob: of erasing anything.
         mode: 'rand' draws colours.
-        count: at most so many boxes.
         start: leave out the samples before this one.
     """
     height, width = size
@@ -64,29 +62,20 @@ def erase(images: Tensor, erasing: Erasing, boxes: Tensor, keys: Tensor, colours
     """Erases boxes of images (B, 3, H, W), in place.
 
     Args:
-        images: float.
         erasing: what is on the host, which so knows how many pixels there are.
         boxes, keys, colours: its arrays on the device of the images.
         noise: erase with normal noise, else with the colours.
     """
-    areas = erasing.boxes[:, 3] * erasing.boxes[:, 4]
-    first = 0
-    for length in erasing.rounds:
-        part = slice(first, first + length)
-        first += length
-        total = int(areas[part].sum())
-        if total:
-            fill = keys[part] if noise else colours[part]
-            _erase_round(images, boxes[part], fill, total, noise=noise)
-
-
-def _erase_round(images: Tensor, boxes: Tensor, fill: Tensor, total: int, *, noise: bool) -> None:
-    """Erases boxes that do not overlap, of so many pixels in total; `fill` holds keys (R,) or colours (R, 3)."""
-    sample, top, left, height, width = boxes.unbind(1)
-    size = height * width
-    box = torch.repeat_interleave(torch.arange(len(boxes), device=images.device), size, output_size=total)  # (N,)
-    pixel = torch.arange(total, device=images.device) - (size.cumsum(0) - size)[box]
-    row = pixel // width[box]
-    place = (top[box] + row) * images.shape[3] + left[box] + pixel - row * width[box]
-    values = device_normals(fill[box], pixel) if noise else fill[box]
-    images.view(*images.shape[:2], -1)[sample[box], :, place] = values.to(images.dtype)  # (N, 3)
+    rounds = erasing.rounds
+    areas = np.split(erasing.boxes[:, 3] * erasing.boxes[:, 4], np.cumsum(rounds)[:-1])
+    fills = (keys if noise else colours).split(rounds)
+    for box, fill, total in zip(boxes.split(rounds), fills, [int(area.sum()) for area in areas], strict=True):
+        sample, top, left, height, width = box.unbind(1)
+        size = height * width
+        # The box of each pixel (N,), and the pixel's number in it.
+        number = torch.repeat_interleave(torch.arange(len(box), device=images.device), size, output_size=total)
+        pixel = torch.arange(total, device=images.device) - (size.cumsum(0) - size)[number]
+        row = pixel // width[number]
+        place = (top[number] + row) * images.shape[3] + left[number] + pixel - row * width[number]
+        values = device_normals(fill[number], pixel) if noise else fill[number]
+        images.view(*images.shape[:2], -1)[sample[number], :, place] = values.to(images.dtype)  # (N, 3)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 from torch import Tensor
 
 from pipeline.augment.steps import send
@@ -20,20 +21,16 @@ class BatchedMixup(Mixup):
     NumPy's global ones, on the host; with the same state they are timm's, except for `cutmix_minmax` in these two
     modes, where only the distribution is.
 
-    Args:
-        settings: timm's arguments.
-
     Raises:
         UsageError: where nothing is on, or for an unknown mode.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        mode, minmax = settings.get('mode', 'batch'), settings.get('cutmix_minmax')
-        if mode not in ('batch', 'pair', 'elem'):
-            raise UsageError(f'--mixup-mode {mode}: known are batch, pair and elem')
-        if minmax is not None and len(minmax) != 2:
+    def __init__(self, *, cutmix_minmax: Sequence[float] | None = None, **settings: Any) -> None:
+        if cutmix_minmax is not None and len(cutmix_minmax) != 2:
             raise UsageError('--cutmix-minmax takes two numbers')
-        super().__init__(**settings)
+        super().__init__(cutmix_minmax=cutmix_minmax, **settings)
+        if self.mode not in ('batch', 'pair', 'elem'):
+            raise UsageError(f'--mixup-mode {self.mode}: known are batch, pair and elem')
         if self.mixup_alpha <= 0 and self.cutmix_alpha <= 0:
             raise UsageError('mixing needs --mixup or --cutmix above 0, or --cutmix-minmax')
 
@@ -77,16 +74,13 @@ class BatchedMixup(Mixup):
 
     def _boxes(self, lams: np.ndarray, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Boxes for cutmix (k, 4) as top, bottom, left, right, and the lams (k,) that go with them."""
-        size = np.array(images.shape[2:])
         if self.cutmix_minmax is not None:
-            low, high = ((size * share).astype(np.int64) for share in self.cutmix_minmax)
-            cut = np.stack([np.random.randint(low[side], high[side], len(lams)) for side in range(2)], axis=1)
-            start = np.stack([np.random.randint(0, size[side] - cut[:, side] + 1) for side in range(2)], axis=1)
-            end = start + cut
-        else:
-            cut = np.trunc(size.astype(lams.dtype) * np.sqrt(1 - lams)[:, None]).astype(np.int64)
-            centre = np.random.randint(0, np.broadcast_to(size, cut.shape))  # y, x of each sample in turn, as timm
-            start, end = np.clip(centre - cut // 2, 0, size), np.clip(centre + (cut + 1) // 2, 0, size)
-        if self.correct_lam or self.cutmix_minmax is not None:
+            edges, lams = cutmix_bbox_and_lam(images.shape, lams, self.cutmix_minmax, count=len(lams))
+            return np.stack(edges, axis=1), lams
+        size = np.array(images.shape[2:])
+        cut = np.trunc(size.astype(lams.dtype) * np.sqrt(1 - lams)[:, None]).astype(np.int64)
+        centre = np.random.randint(0, np.broadcast_to(size, cut.shape))  # y, x of each sample in turn, as timm
+        start, end = np.clip(centre - cut // 2, 0, size), np.clip(centre + (cut + 1) // 2, 0, size)
+        if self.correct_lam:
             lams = 1 - (end - start).prod(1) / float(size.prod())
         return np.stack((start, end), axis=2).reshape(-1, 4), lams

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import equalize
 
 from pipeline.augment.steps import real_dtype
 
@@ -57,19 +58,6 @@ def _autocontrast_tables(pixels: Tensor) -> Tensor:
     scale = torch.full((1,), 255, dtype=real_dtype(pixels.device), device=pixels.device) / (high - low).clamp(min=1)
     stretched = (ramp * scale).add_(-low * scale).clamp_(0, 255)
     return torch.where(high > low, stretched.to(torch.uint8), ramp.to(torch.uint8))
-
-
-def _equalize_tables(pixels: Tensor) -> Tensor:
-    """Each value's share of the darker pixels, in steps of 1/255 of all but the lightest."""
-    values = pixels.flatten(2).long()
-    histogram = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=pixels.device)
-    histogram.scatter_add_(2, values, torch.ones((), dtype=torch.int32, device=pixels.device).expand_as(values))
-    lightest = histogram.gather(2, values.amax(2, keepdim=True))
-    step = (values.shape[2] - lightest) // 255
-    below = histogram.cumsum(2, dtype=torch.int32) - histogram
-    equalized = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
-    ramp = torch.arange(256, dtype=torch.int32, device=pixels.device)
-    return torch.where(step > 0, equalized, ramp).to(torch.uint8)
 
 
 def _contrast_tables(pixels: Tensor, factor: Tensor) -> Tensor:
@@ -189,10 +177,9 @@ def _box_blurs_along(pixels: Tensor, values: Tensor) -> Tensor:
 def apply_step(
     images: Tensor, kind: str, index: Tensor, values: Tensor, fill: Tensor, *, cubic: bool, exact: bool
 ) -> None:
-    """Does a step's work on some of the images (B, 3, H, W), in place.
+    """Does a step's work on some of the images, uint8 (B, 3, H, W), in place.
 
     Args:
-        images: uint8.
         kind, index, values, cubic: of a `Step`, on the device of the images.
         fill: uint8 (3,), for pixels from outside of the image.
         exact: Pillow's arithmetic in every bit: float64 for interpolation too, not for coordinates alone.
@@ -203,7 +190,7 @@ def apply_step(
     elif kind == 'autocontrast':
         out = _look_up(pixels, _autocontrast_tables(pixels))
     elif kind == 'equalize':
-        out = _look_up(pixels, _equalize_tables(pixels))
+        out = equalize(pixels)  # the one op of torchvision's whose bits are Pillow's
     elif kind == 'contrast':
         out = _look_up(pixels, _contrast_tables(pixels, values.float()))
     elif kind == 'color':

@@ -20,28 +20,20 @@ from utils import UsageError, one_line
 CUBIC_SHARE = {'bilinear': 0.0, 'random': 0.5, 'bicubic': 1.0}
 
 
-def _signs(negative: np.ndarray) -> np.ndarray:
-    return np.where(negative, -1.0, 1.0)
+def _signed(level: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    return np.where(negative, -1.0, 1.0) * level
 
 
-def _integers(values: np.ndarray) -> np.ndarray:
-    return np.trunc(values).astype(np.int64)
-
-
-def _away_from_one(level: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    return np.maximum(0.1, 1.0 + _signs(negative) * (level / 10 * 0.9))
+def _at_random_side_of_one(level: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    return np.maximum(0.1, 1.0 + _signed(level / 10 * 0.9, negative))
 
 
 def _between(level: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip(low + (high - low) * (level / 10), low, high)
 
 
-def _posterize_bits(level: np.ndarray) -> np.ndarray:
-    return _integers(level / 10 * 4)
-
-
-def _solarize_threshold(level: np.ndarray) -> np.ndarray:
-    return np.minimum(256, _integers(level / 10 * 256))
+def _whole(level: np.ndarray, at_ten: int) -> np.ndarray:
+    return np.trunc(level / 10 * at_ten).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -56,25 +48,25 @@ OPS = {
     'AutoContrast': OpInfo('autocontrast'),
     'Equalize': OpInfo('equalize'),
     'Invert': OpInfo('invert'),
-    'Rotate': OpInfo('rotate', lambda level, negative: _signs(negative) * (level / 10 * 30)),
-    'Posterize': OpInfo('posterize', lambda level, _: _posterize_bits(level)),
-    'PosterizeIncreasing': OpInfo('posterize', lambda level, _: 4 - _posterize_bits(level)),
-    'PosterizeOriginal': OpInfo('posterize', lambda level, _: _posterize_bits(level) + 4),
-    'Solarize': OpInfo('solarize', lambda level, _: _solarize_threshold(level)),
-    'SolarizeIncreasing': OpInfo('solarize', lambda level, _: 256 - _solarize_threshold(level)),
-    'SolarizeAdd': OpInfo('solarize_add', lambda level, _: np.minimum(128, _integers(level / 10 * 110))),
+    'Rotate': OpInfo('rotate', lambda level, negative: _signed(level / 10 * 30, negative)),
+    'Posterize': OpInfo('posterize', lambda level, _: _whole(level, 4)),
+    'PosterizeIncreasing': OpInfo('posterize', lambda level, _: 4 - _whole(level, 4)),
+    'PosterizeOriginal': OpInfo('posterize', lambda level, _: _whole(level, 4) + 4),
+    'Solarize': OpInfo('solarize', lambda level, _: np.minimum(256, _whole(level, 256))),
+    'SolarizeIncreasing': OpInfo('solarize', lambda level, _: np.maximum(0, 256 - _whole(level, 256))),
+    'SolarizeAdd': OpInfo('solarize_add', lambda level, _: np.minimum(128, _whole(level, 110))),
     'Color': OpInfo('color', lambda level, _: level / 10 * 1.8 + 0.1),
-    'ColorIncreasing': OpInfo('color', _away_from_one),
+    'ColorIncreasing': OpInfo('color', _at_random_side_of_one),
     'Contrast': OpInfo('contrast', lambda level, _: level / 10 * 1.8 + 0.1),
-    'ContrastIncreasing': OpInfo('contrast', _away_from_one),
+    'ContrastIncreasing': OpInfo('contrast', _at_random_side_of_one),
     'Brightness': OpInfo('brightness', lambda level, _: level / 10 * 1.8 + 0.1),
-    'BrightnessIncreasing': OpInfo('brightness', _away_from_one),
+    'BrightnessIncreasing': OpInfo('brightness', _at_random_side_of_one),
     'Sharpness': OpInfo('sharpness', lambda level, _: level / 10 * 1.8 + 0.1),
-    'SharpnessIncreasing': OpInfo('sharpness', _away_from_one),
-    'ShearX': OpInfo('shear_x', lambda level, negative: _signs(negative) * (level / 10 * 0.3)),
-    'ShearY': OpInfo('shear_y', lambda level, negative: _signs(negative) * (level / 10 * 0.3)),
-    'TranslateXRel': OpInfo('translate_x_rel', lambda level, negative: _signs(negative) * (level / 10 * 0.45)),
-    'TranslateYRel': OpInfo('translate_y_rel', lambda level, negative: _signs(negative) * (level / 10 * 0.45)),
+    'SharpnessIncreasing': OpInfo('sharpness', _at_random_side_of_one),
+    'ShearX': OpInfo('shear_x', lambda level, negative: _signed(level / 10 * 0.3, negative)),
+    'ShearY': OpInfo('shear_y', lambda level, negative: _signed(level / 10 * 0.3, negative)),
+    'TranslateXRel': OpInfo('translate_x_rel', lambda level, negative: _signed(level / 10 * 0.45, negative)),
+    'TranslateYRel': OpInfo('translate_y_rel', lambda level, negative: _signed(level / 10 * 0.45, negative)),
     'Desaturate': OpInfo('desaturate', lambda level, _: _between(level, 0.5, 1.0)),
     'GaussianBlur': OpInfo('gaussian_blur', lambda level, _: _between(level, 0.1, 2.0)),
 }
@@ -112,30 +104,21 @@ def read_policy(text: str) -> Policy:
     Raises:
         UsageError: for a string that is no RandAugment policy, or needs an op that is not covered.
     """
-    way_out = 'use --augment pil'
     if text.partition('-')[0] != 'rand':
-        raise UsageError(f'--aa {text}: batched augmentation covers the rand-… policies only; {way_out}')
+        raise UsageError(f'--aa {text}: batched augmentation covers the rand-… policies only; use --augment pil')
     try:
         transform = rand_augment_transform(text, {'translate_const': 0})
-        names = tuple(op.name for op in transform.ops)
         first = transform.ops[0]
     except (AssertionError, ValueError, KeyError, IndexError) as err:
         raise UsageError(f'--aa {text}: timm refuses this ({one_line(err)})') from None
+    names, num_layers, weights = tuple(op.name for op in transform.ops), transform.num_layers, transform.choice_weights
     missing = [name for name in names if name not in OPS]
     if missing:
-        raise UsageError(f'--aa {text}: batched augmentation does not cover {", ".join(missing)}; {way_out}')
-    weights = transform.choice_weights
-    if weights is not None and transform.num_layers > np.count_nonzero(weights):
-        raise UsageError(f'--aa {text}: {transform.num_layers} ops of {len(names)} without replacement')
-    return Policy(
-        names=names,
-        num_layers=transform.num_layers,
-        prob=first.prob,
-        magnitude=first.magnitude,
-        magnitude_std=first.magnitude_std,
-        magnitude_max=first.magnitude_max or 10,
-        weights=weights,
-    )
+        raise UsageError(f'--aa {text}: batched augmentation does not cover {", ".join(missing)}; use --augment pil')
+    if weights is not None and num_layers > np.count_nonzero(weights):
+        raise UsageError(f'--aa {text}: {num_layers} ops of {len(names)} without replacement')
+    most = first.magnitude_max or 10
+    return Policy(names, num_layers, first.prob, first.magnitude, first.magnitude_std, most, weights)
 
 
 def plan_ops(
@@ -145,7 +128,6 @@ def plan_ops(
 
     Args:
         keys: of the samples (B,).
-        size: of the images.
         interpolation: of `CUBIC_SHARE`.
 
     Returns:

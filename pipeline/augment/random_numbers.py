@@ -41,12 +41,7 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
 
 
 def sample_keys(seed: int, draws: np.ndarray) -> np.ndarray:
-    """A uint64 (B,) for each draw, which stands for (seed, epoch, image, repeat).
-
-    Args:
-        seed: the run's.
-        draws: int64 (B, 3): image, epoch, repeat.
-    """
+    """uint64 (B,), which stand for (seed, epoch, image, repeat), of draws int64 (B, 3): image, epoch, repeat."""
     image, epoch, repeat = draws.T.astype(np.uint64)
     keys = np.full(len(draws), seed % 2**64, np.uint64)
     for number in (epoch, image, repeat):
@@ -70,11 +65,6 @@ def normals(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * math.pi * second)
 
 
-def _signed(number: int) -> int:
-    """The int64 with the bits of a uint64: PyTorch has no arithmetic for the latter."""
-    return number - 2**64 if number >= 2**63 else number
-
-
 def device_normals(keys: Tensor, counters: Tensor) -> Tensor:
     """Standard normal numbers (N, 3), a function of keys and counters alone, made where these are.
 
@@ -82,11 +72,12 @@ def device_normals(keys: Tensor, counters: Tensor) -> Tensor:
 
     Args:
         keys: int64 (N,).
-        counters: int64 (N,), from 0; numbers with the same key need different ones.
+        counters: int64 (N,), from 0 on for each key.
     """
-    numbers = keys + (torch.stack((2 * counters, 2 * counters + 1)) + 1) * _signed(GOLDEN)  # (2, N)
+    # PyTorch computes with int64: less 2**64, the constants are those with the same bits.
+    numbers = keys + torch.stack((2 * counters + 1, 2 * counters + 2)) * (GOLDEN - 2**64)  # (2, N)
     for shift, factor in MIX:
-        numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+        numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * (factor - 2**64)
     numbers = numbers ^ (numbers >> LAST_SHIFT & (1 << 64 - LAST_SHIFT) - 1)
     bits = (1 << 24) - 1
     radius = ((numbers >> 40 & bits) + 1).float().mul_(2.0**-24).log_().mul_(-2).sqrt_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,14 @@ from torch import Tensor
 
 Size = tuple[int, int]  # height, width
 _RAMP = np.arange(256)
+# Where the new value of a pixel depends on its old value and an argument alone: all new values (k, 256) for (k, 1).
+TABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    'invert': lambda any_number: np.broadcast_to(255 - _RAMP, (len(any_number), 256)),
+    'posterize': lambda bits: _RAMP & -(1 << np.clip(8 - bits.astype(np.int64), 0, 8)),
+    'solarize': lambda threshold: np.where(threshold > _RAMP, _RAMP, 255 - _RAMP),
+    'solarize_add': lambda added: np.where(_RAMP < 128, np.minimum(255, _RAMP + added), _RAMP),
+    'brightness': lambda factor: np.clip(factor.astype(np.float32) * _RAMP.astype(np.float32), 0, 255),
+}
 
 
 @dataclass
@@ -60,41 +68,26 @@ def _box_blurs(sigma: np.ndarray) -> np.ndarray:
 def make_step(kind: str, index: np.ndarray, argument: np.ndarray, size: Size, *, cubic: bool = True) -> Step:
     """A step from what the ops of timm's table take.
 
-    Where the new value of a pixel depends on its old value and the argument alone, the host makes the table of it.
-
     Args:
         kind: of `OpInfo`.
         index: the samples (k,).
         argument: theirs (k,).
-        size: of the images.
         cubic: bicubic or bilinear, where the op interpolates.
     """
-    column = argument[:, None]
-    table: np.ndarray | None = None
-    if kind == 'invert':
-        table = np.broadcast_to(255 - _RAMP, (len(index), 256))
-    elif kind == 'posterize':
-        kept = np.where(column >= 8, 255, ~((1 << np.clip(8 - column.astype(np.int64), 0, 8)) - 1))
-        table = _RAMP & kept
-    elif kind == 'solarize':
-        table = np.where(column > _RAMP, _RAMP, 255 - _RAMP)
-    elif kind == 'solarize_add':
-        table = np.where(_RAMP < 128, np.minimum(255, _RAMP + column), _RAMP)
-    elif kind == 'brightness':
-        table = np.clip(column.astype(np.float32) * _RAMP.astype(np.float32), 0, 255)
-    elif kind == 'rotate':
+    column, zeros = argument[:, None], np.zeros(len(argument))
+    if kind in TABLES:
+        return Step('table', index, TABLES[kind](column).astype(np.uint8))
+    if kind == 'rotate':
         return Step('affine', index, _rotation(argument, size), cubic)
-    elif kind in ('shear_x', 'shear_y'):
-        return Step(f'shift_{kind[-1]}', index, np.stack((argument, 0 * argument), axis=1), cubic)
-    elif kind in ('translate_x_rel', 'translate_y_rel'):
+    if kind in ('shear_x', 'shear_y'):
+        return Step(f'shift_{kind[-1]}', index, np.stack((argument, zeros), axis=1), cubic)
+    if kind in ('translate_x_rel', 'translate_y_rel'):
         pixels = argument * (size[1] if kind == 'translate_x_rel' else size[0])
-        return Step(f'shift_{kind[10]}', index, np.stack((0 * pixels, pixels), axis=1), cubic)
-    elif kind == 'desaturate':
+        return Step(f'shift_{kind[10]}', index, np.stack((zeros, pixels), axis=1), cubic)
+    if kind == 'desaturate':
         return Step('color', index, np.clip(1.0 - column, 0.0, 1.0))
-    elif kind == 'gaussian_blur':
+    if kind == 'gaussian_blur':
         return Step('box_blurs', index, _box_blurs(argument))
-    if table is not None:
-        return Step('table', index, table.astype(np.uint8))
     return Step(kind, index, column)
 
 
@@ -120,15 +113,15 @@ def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 
     All of one type travel in one copy from pinned memory, which the host does not wait for.
     """
-    groups: dict[torch.dtype, list[int]] = {}
-    for number, array in enumerate(arrays):
-        whole = torch.uint8 if array.dtype == np.uint8 else torch.int64
-        groups.setdefault(whole if array.dtype.kind in 'iu' else real_dtype(device), []).append(number)
-    found: dict[int, Tensor] = {}
-    for kind, members in groups.items():
-        joined = torch.from_numpy(np.concatenate([arrays[number].reshape(-1) for number in members])).to(kind)
+    kinds = [
+        torch.uint8 if array.dtype == np.uint8 else torch.int64 if array.dtype.kind in 'iu' else real_dtype(device)
+        for array in arrays
+    ]
+    parts = {}
+    for kind in set(kinds):
+        group = [array.reshape(-1) for array, its_kind in zip(arrays, kinds, strict=True) if its_kind == kind]
+        joined = torch.from_numpy(np.concatenate(group)).to(kind)
         if device.type == 'cuda':
             joined = joined.pin_memory()
-        parts = joined.to(device, non_blocking=True).split([arrays[number].size for number in members])
-        found.update({number: part.view(arrays[number].shape) for number, part in zip(members, parts, strict=True)})
-    return [found[number] for number in range(len(arrays))]
+        parts[kind] = iter(joined.to(device, non_blocking=True).split([array.size for array in group]))
+    return [next(parts[kind]).view(array.shape) for array, kind in zip(arrays, kinds, strict=True)]
