@@ -239,6 +239,35 @@ def test_data_and_output_come_from_the_environment(tmp_path: Path) -> None:
     assert "unknown recipe 'mnist'" in script('run_code.sh', 'mnist', expect=2)
 
 
+def test_the_fast_recipe(tmp_path: Path) -> None:
+    """Its values, which the command line overrides; and a run of it on digits."""
+    _, flags = flags_of(script('run_code.sh', 'fast', '--epochs', '30', '--data-set', 'TINYIMNET'))
+    expected = {'data_set': 'TINYIMNET', 'epochs': 30, 'batch_size': 64, 'opt': 'muon', 'sched_on_updates': True}
+    expected |= {'model_ema_warmup': True, 'repeated_aug': False, 'model': 'dhvt_tiny_cifar_patch4'}
+    assert {name: flags[name] for name in expected} == expected
+    small = ['--data-set', 'DIGITS', '--input-size', '16', '--epochs', '2', '--num_workers', '0', '--device', 'cpu']
+    small += ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '--train-fraction', '0.2']
+    text = script('run_code.sh', 'fast', *small, DRY_RUN='', OUTPUT=str(tmp_path), OMP_NUM_THREADS='1')
+    assert 'Training time' in text
+
+
+def test_full_size_runs(tmp_path: Path) -> None:
+    env = {'DATA': str(tmp_path), 'OUTPUT': 'out', 'EPOCHS': '2 3'}
+    text = script('tools/full_size.sh', '5', '--train-fraction', '0.1', **env)
+    runs = [flags_of(line)[1] for line in text.splitlines() if 'main.py ' in line]
+    assert [(Path(run['output_dir']).name, run['model'], run['epochs'], run['opt']) for run in runs] == [
+        ('fast-tiny', 'dhvt_tiny_cifar_patch4', 2, 'muon'),
+        ('fast-small', 'dhvt_small_cifar_patch4', 2, 'muon'),
+        ('cifar10-tiny', 'dhvt_tiny_cifar_patch4', 3, 'adamw'),
+        ('cifar10-small', 'dhvt_small_cifar_patch4', 3, 'adamw'),
+    ]
+    assert {(run['data_set'], run['data_path'], run['train_fraction']) for run in runs} == {
+        ('FOLDER', str(tmp_path), 0.1)
+    }
+    assert 'benchmark.py step' in text
+    assert 'usage' in script('tools/full_size.sh', 'long', expect=2)
+
+
 def test_environment_check_reads_all_requirements() -> None:
     text = (ROOT / 'pyproject.toml').read_text()
     found = check_env.required(text, ['check'])
