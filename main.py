@@ -183,6 +183,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         accum_steps=args.accum_steps,
         mixup_fn=build_mixup(args, splits.num_classes),
         memory_format=memory_format,
+        keep_rate=build_keep_rates(args),
         train_mode=not args.finetune if args.train_mode is None else args.train_mode,
         teacher=None if teacher is None else teacher.to(device),
         seed=args.seed,
@@ -222,7 +223,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             checkpoint_every=args.checkpoint_every,
             rewinds=args.on_nan == 'rewind',
         ),
-        keep_rates=build_keep_rates(args),
         described={'classes': splits.val.classes, 'args': vars(args), 'fingerprint': fingerprint},
         output=output,
     )

@@ -143,7 +143,7 @@ class ProgressBar:
 
     bar: tqdm
 
-    def __init__(self, loader: SizedLoader, *, header: str, print_freq: int, first: int = 0) -> None:
+    def __init__(self, loader: SizedLoader, *, header: str, print_freq: int = 10, first: int = 0) -> None:
         self.loader = loader
         self.header = header
         self.print_freq = print_freq
