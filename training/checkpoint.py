@@ -133,11 +133,7 @@ def _is_whole(data: bytes) -> bool:
 
 
 def _check_ends(path: Path, source: str) -> None:
-    """Tells by a file's first and last bytes, before its memory is taken, whether it can be a checkpoint.
-
-    Raises:
-        InputError: if not.
-    """
+    """Refuses what by its first and last bytes, before its memory is taken, can be no checkpoint."""
     with path.open('rb') as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -154,11 +150,7 @@ def _check_ends(path: Path, source: str) -> None:
 
 
 def _download(url: str, name: str) -> bytes:
-    """The bytes of a URL's file, from torch.hub's cache if it is whole there; else it is fetched, and kept if it is.
-
-    Args:
-        name: the file's, which says its format.
-    """
+    """The bytes of a URL's file, from torch.hub's cache if it is whole there; else it is fetched, and kept if it is."""
     path = cache_path(url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,11 +197,7 @@ def read(source: str) -> bytes:
 
 
 def _check_sizes(data: bytes, source: str) -> None:
-    """Sees to it that what a zip archive says to hold is no more than the file itself.
-
-    Raises:
-        InputError: if not.
-    """
+    """Refuses a zip archive that says to hold more than the file itself."""
     try:
         members = zipfile.ZipFile(io.BytesIO(data)).infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
@@ -361,7 +349,6 @@ def to_safetensors(weights: Mapping[str, Tensor], described: Mapping[str, Any]) 
 
 def description(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a safetensors file keeps of a checkpoint beside its weights: enough to evaluate them."""
-    described = {
-        name: checkpoint[name] for name in ('epoch', 'max_accuracy', 'keep_rate', 'classes') if name in checkpoint
-    }
+    names = ('epoch', 'max_accuracy', 'keep_rate', 'classes')
+    described = {name: checkpoint[name] for name in names if name in checkpoint}
     return {**described, 'args': stored_args(checkpoint)}
