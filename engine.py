@@ -132,6 +132,9 @@ class EpochLog:
     def means(self) -> dict[str, float]:
         """What `train_one_epoch` returns, without the keep rate."""
         sums = self.sums
+        if not sums.losses:
+            what = f'the loss scaler left out all {sums.skipped} steps of epoch {self.epoch}'
+            raise InputError(f'{what}: try --amp bf16 or off')
         means = {'loss': sums.loss_sum / sums.losses, 'lr': sums.lr, 'grad_norm': sums.norm_sum / sums.norms}
         return {**means, 'skipped_steps': sums.skipped} if self.scaler.is_enabled() else means
 
@@ -222,9 +225,6 @@ def train_one_epoch(
         if is_last and after_step is not None:
             after_step(step + 1, log.read)
     log.read()
-    if not log.sums.losses:
-        what = f'the loss scaler left out all {log.sums.skipped} steps of epoch {epoch}'
-        raise InputError(f'{what}: try --amp bf16 or off')
     if settings.keep_rate is None:
         return log.means()
     return {**log.means(), 'keep_rate': settings.keep_rate(epoch, progress.steps - 1, progress.steps)}

@@ -279,15 +279,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if not is_main_process():
                 sys.exit(stop.exit_code)
             raise
-        except (InputError, OSError) as err:
-            report_failure(get_rank(), one_line(err))
-            raise
-        except (torch.OutOfMemoryError, ValueError, dist.DistError, RuntimeError) as err:
-            reason = explain(err, args)
-            if reason is None:
-                report_failure(get_rank(), one_line(err))
+        except (InputError, OSError, ValueError, RuntimeError) as err:
+            reason = err if isinstance(err, (InputError, OSError)) else explain(err, args) or err
+            report_failure(get_rank(), one_line(reason))
+            if reason is err:
                 raise
-            report_failure(get_rank(), str(reason))
             raise reason from None
     reports = args.report and args.output_dir and not (args.eval or args.only_test_speed) and is_main_process()
     if dist.is_initialized():  # not after an error: the other processes may never come to the same point
