@@ -129,11 +129,7 @@ def put_channels_last(model: nn.Module) -> None:
 
 
 def recompute_blocks(model: nn.Module, name: str) -> None:
-    """Has the model compute its blocks again in the backward pass.
-
-    Raises:
-        UsageError: if it cannot.
-    """
+    """Has the model compute its blocks again in the backward pass; raises UsageError if it cannot."""
     try:
         model.set_grad_checkpointing()  # type: ignore[operator]
     except (AttributeError, AssertionError, TypeError, NotImplementedError):

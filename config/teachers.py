@@ -40,10 +40,9 @@ def _trained_teacher(
     taught = loaded.get('classes')
     if taught is not None and len(taught) == len(classes) and list(taught) != list(classes):
         raise InputError(f'the teacher {path} has other classes than the data set, or in another order')
-    if settings.kwargs.setdefault('num_classes', num_classes) != num_classes:
-        raise InputError(
-            f'the teacher {path} has {settings.kwargs["num_classes"]} classes, the data set has {num_classes}'
-        )
+    has = settings.kwargs.setdefault('num_classes', num_classes)
+    if has != num_classes:
+        raise InputError(f'the teacher {path} has {has} classes, the data set has {num_classes}')
     model = settings.build(weights, path, flag='--teacher-model')
     return model, settings.input_size, {'mean': settings.mean, 'std': settings.std} if ours else own
 

@@ -209,13 +209,9 @@ def _check_sizes(data: bytes, source: str) -> None:
 
 
 def check_plain(value: Any, what: str) -> None:
-    """Checks that a value is of numbers and words, and as small as it looks; shared parts count each time.
+    """Raises InputError unless a value is of numbers and words, and as small as it looks; shared parts count each time.
 
-    Args:
-        what: its name, for the message.
-
-    Raises:
-        InputError: if not.
+    `what` names it in the message.
     """
     left = MOST_VALUES
     stack = [(value, 0)]
@@ -246,11 +242,7 @@ def _from_safetensors(data: bytes, source: str) -> dict[str, Any]:
 
 
 def checked(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
-    """A checkpoint whose fields beside the tensors are plain.
-
-    Raises:
-        InputError: if they are not.
-    """
+    """A checkpoint whose fields beside the tensors are plain, else InputError."""
     for name in PLAIN:
         check_plain(checkpoint.get(name), f'{source}: {name}')
     return checkpoint
@@ -280,7 +272,7 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
     except Exception as err:  # torch raises a dozen types for damaged files
         refused = re.search(r'GLOBAL ([\w.]+)|(?:class|type) ([\w.]+)', str(err)) if 'eights' in str(err) else None
         if refused:
-            name = refused.group(1) or refused.group(2)
+            name = refused[1] or refused[2]
             raise InputError(f'{source}: refused, it holds {name}, and a checkpoint may hold no code') from None
         raise InputError(f'{source} is damaged, or no checkpoint of PyTorch') from None
     if not isinstance(checkpoint, dict):

@@ -82,11 +82,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the thread.
-
-        Raises:
-            InputError: of `check`.
-        """
+        """Waits for the thread; raises the InputError of `check`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -114,11 +110,7 @@ class BackgroundWriter:
                 log(f'Warning: {self._failure}; what it held stays, the run goes on, and tries again at the next save')
 
     def close(self) -> None:
-        """Waits, and tries a last time what could not be written.
-
-        Raises:
-            InputError: if that fails again.
-        """
+        """Waits, and tries a last time what could not be written; raises InputError if that fails again."""
         self.wait()
         if self._failure:
             self.put(self._unmade or dict)
@@ -145,9 +137,8 @@ class _Events:
                 self._writer.write_event(Event(session_log=start, step=self._unwritten[0]['epoch']))
             for entry in self._unwritten:
                 for name, value in entry.items():
-                    self._writer.write_event(
-                        Event(wall_time=time.time(), step=entry['epoch'], summary=summary.scalar(name, value))
-                    )
+                    point = summary.scalar(name, value)
+                    self._writer.write_event(Event(wall_time=time.time(), step=entry['epoch'], summary=point))
             self._writer.flush()
             self._unwritten.clear()
         except OSError as err:
@@ -163,7 +154,6 @@ class OutputFolder:
     """The files of a run, written by the main process; an empty path writes none.
 
     Args:
-        path: the folder, made if absent.
         export: a safetensors file for the best weights, if there is to be one.
 
     Raises:
@@ -224,12 +214,7 @@ class OutputFolder:
         return found
 
     def begin(self, settings: dict[str, Any], *, lines: Sequence[dict], timings: Sequence[dict]) -> None:
-        """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them.
-
-        Args:
-            settings: what goes into args.yaml.
-            lines, timings: of the epochs before this start.
-        """
+        """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them."""
         if self.path is None:
             return
         self._check_folder()
@@ -237,8 +222,7 @@ class OutputFolder:
         if not lines and log_file.is_file() and log_file.stat().st_size:
             log_file.replace(self.path / 'old_log.txt')
             log(f'Note: {log_file} is of a run without checkpoints, and is kept as old_log.txt')
-        text = yaml.safe_dump(settings, sort_keys=False)
-        ckpt.write_bytes(self.path / 'args.yaml', text.encode())
+        ckpt.write_bytes(self.path / 'args.yaml', yaml.safe_dump(settings, sort_keys=False).encode())
         for path, data in self._logs(lines, timings).items():
             if lines or path.exists():
                 ckpt.write_bytes(path, data)
@@ -305,11 +289,7 @@ class OutputFolder:
         return f' ({self.path / name})'
 
     def close(self) -> None:
-        """Waits for all files.
-
-        Raises:
-            InputError: if one of them could not be written.
-        """
+        """Waits for all files; raises InputError if one of them could not be written."""
         try:
             self._files.close()
             if self._export and not self._exported and self.path:

@@ -61,11 +61,7 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def agree(self, *, save: bool) -> int:
-        """What all processes do after this step: GO_ON, SAVE, or STOP plus a signal's number.
-
-        Args:
-            save: whether this process is for a checkpoint.
-        """
+        """What all processes do after this step: GO_ON, SAVE where one is for it, or STOP plus a signal's number."""
         own = STOP + self.signal if self.signal else SAVE if save else GO_ON
         return int(all_reduce_max(torch.tensor(own)))  # in host memory: the device goes on with its work
 
