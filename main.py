@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     total_batch = args.batch_size * args.accum_steps * process.world_size
     lr = args.lr * total_batch / 512  # learning rates are given for a total batch of 512
-    trained = prepare_training(args, model, process, device)
+    train_model = prepare_training(args, model, process, device)
     optimizer = build_optimizer(args, model, lr, device)
     updates_per_epoch = math.ceil(len(train_loader) / args.accum_steps)
     scheduler = build_scheduler(args, optimizer, updates_per_epoch)
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     training = Run(
         state=TrainState(model, build_average(args, model), optimizer, scheduler, scaler),
-        trained=trained,
+        train_model=train_model,
         loader=train_loader,
         dataset=splits.train,
         test=test,
@@ -238,8 +238,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     progress = training.progress
     output.begin({**vars(args), 'derived': derived}, lines=progress.history, timings=progress.timings)
     if args.log_wandb and is_main_process():
-        output.tracker = WandbRun(output.path, {**vars(args), **derived}, project=args.wandb_project,
-                                  name=args.experiment, tags=args.wandb_tags)  # fmt: skip
+        output.writers.append(WandbRun(output.path, {**vars(args), **derived}, project=args.wandb_project,
+                                       name=args.experiment, tags=args.wandb_tags))  # fmt: skip
     log(f'{args.model}, {num_parameters:,} parameters, on {args.data_set}: {len(splits.train)} training and '
         f'{len(splits.val)} {chosen_on}, {num_classes} classes')  # fmt: skip
     processes = f'{process.world_size} process{"es" if process.world_size > 1 else ""}'

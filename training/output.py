@@ -168,8 +168,7 @@ class OutputFolder:
         self.wanted = bool(path)  # also on the other processes
         self._lock: int | None = None
         self._folder: int | None = None
-        self._events: _Events | None = None
-        self.tracker: WandbRun | None = None
+        self.writers: list[_Events | WandbRun] = []  # of an epoch's numbers
         previous = {} if self.path is None else {self.path / CHECKPOINT: self.path / PREVIOUS}
         self._files = BackgroundWriter(previous, self._check_folder)
         if self._export is not None:
@@ -226,7 +225,7 @@ class OutputFolder:
         for path, data in self._logs(lines, timings).items():
             if lines or path.exists():
                 ckpt.write_bytes(path, data)
-        self._events = _Events(self.path / 'runs')
+        self.writers.append(_Events(self.path / 'runs'))
 
     def _logs(self, lines: Sequence[dict], timings: Sequence[dict]) -> dict[Path, bytes]:
         assert self.path is not None
@@ -271,9 +270,8 @@ class OutputFolder:
 
     def add_events(self, line: dict[str, Any]) -> None:
         """Adds an epoch's numbers, 'epoch' among them, to tensorboardX's file, and to wandb if it is asked for."""
-        for writer in (self._events, self.tracker):
-            if writer is not None:
-                writer.add(line)
+        for writer in self.writers:
+            writer.add(line)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on the disk."""
@@ -298,9 +296,8 @@ class OutputFolder:
                     log(f'Warning: {self.path / BEST} is gone: {self._export} has the weights of the newest checkpoint')
                 ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.description(state)))
         finally:
-            for writer in (self._events, self.tracker):
-                if writer is not None:
-                    writer.close()
+            for writer in self.writers:
+                writer.close()
             for descriptor in (self._lock, self._folder):
                 if descriptor is not None:
                     os.close(descriptor)

@@ -50,7 +50,7 @@ class Run:
     """A training: its epochs, and what happens between, inside and after them."""
 
     state: TrainState
-    trained: nn.Module  # the model as it is called in training, perhaps inside DistributedDataParallel
+    train_model: nn.Module  # perhaps inside DistributedDataParallel
     loader: TrainLoader  # its batches are a `TrainBatches`
     dataset: ImageDataset  # the training images
     test: Test  # on the images that choose the best checkpoint
@@ -265,7 +265,7 @@ class Run:
             state.model_ema.updates = self._updates
         compiled = num_compiled_graphs()
         stats = train_one_epoch(
-            self.trained,
+            self.train_model,
             self.loader,
             state.optimizer,
             state.scaler,
@@ -330,13 +330,12 @@ class Run:
         line |= {'max_accuracy': progress.best, 'epoch': epoch, 'n_parameters': self.num_parameters}
         if progress.keep_rate is not None:
             line['keep_rate'] = progress.keep_rate
-        steps = max(progress.sums.losses, 1)
         timing = {
             'epoch': epoch,
             'train_images': (progress.num_draws or 0) - sum(end - begin for begin, end in progress.skipped_ranges()),
             'train_seconds': round(progress.sums.seconds, 3),
             'data_seconds': round(progress.sums.data_seconds, 3),
-            'step_seconds': round(progress.sums.seconds / steps, 6),
+            'step_seconds': round(progress.sums.seconds / progress.sums.losses, 6),
             'test_seconds': round(time.perf_counter() - started, 3),
         }
         progress.history.append(line)

@@ -149,7 +149,7 @@ def as_best(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state, 'model': state['model_ema'], 'trained_model': state['model']}
 
 
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Gives an optimizer's state the memory layout of its parameters, which fused kernels take for granted."""
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
@@ -238,7 +238,7 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
         if parts.model_ema is not None:
             parts.model_ema.module.load_state_dict(average)
         parts.optimizer.load_state_dict(optimizer)
-        _lay_out(parts.optimizer)
+        _match_memory_format(parts.optimizer)
         if schedule or plateau:
             _load_schedule(parts.scheduler, lr_scheduler)
         if not schedule:
