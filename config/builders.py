@@ -44,20 +44,20 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     if given and not keeps_tokens_by_rate(args.model):
         why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
         raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
-    elsewhere = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
-    elsewhere |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
+    set_by = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
+    set_by |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
     for key, _ in args.model_kwargs:
-        if key in elsewhere:
-            raise UsageError(f'--model-kwargs {key}=…: this is set by {elsewhere[key]}')
-    set_by_flags = {
-        'drop_rate': args.drop or None,
-        'drop_path_rate': args.drop_path or None,
-        'num_classes': num_classes,
+        if key in set_by:
+            raise UsageError(f'--model-kwargs {key}=…: this is set by {set_by[key]}')
+    rates = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path}
+    kwargs = {
+        **{key: rate for key, rate in rates.items() if rate},
+        **dict(args.model_kwargs),
+        **evit_kwargs(vars(args)),
     }
-    kwargs = {key: value for key, value in set_by_flags.items() if value is not None}
-    return new_model(
-        '--model', args.model, args.input_size, {**kwargs, **dict(args.model_kwargs), **evit_kwargs(vars(args))}
-    )
+    if num_classes is not None:
+        kwargs['num_classes'] = num_classes
+    return new_model('--model', args.model, args.input_size, kwargs)
 
 
 def build_criterion(

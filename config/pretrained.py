@@ -151,8 +151,6 @@ def fold_if_equal(model: nn.Module, input_size: int) -> tuple[nn.Module, float]:
         expected = model(images)
         difference = float((folded(images) - expected).abs().max())
     if not difference <= TOLERANCE * max(float(expected.abs().max()), 1.0):
-        raise InputError(
-            f'folding the BatchNorms of this {type(model).__name__} changes its logits by {difference:.2g}: '
-            'its parts are not called in the order that their names say'
-        )
+        what = f'folding the BatchNorms of this {type(model).__name__} changes its logits by {difference:.2g}'
+        raise InputError(f'{what}: its parts are not called in the order that their names say')
     return folded, difference
