@@ -9,7 +9,7 @@ import json
 import os
 import re
 import struct
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -75,21 +75,19 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], *, previous: Pa
     Raises:
         OSError: if the disk is full or the folder cannot be written; the old file is untouched.
     """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix=TEMPORARY, delete=False) as file:
-        try:
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}')
+    try:
+        with open(str(temporary), 'x+b') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(file.fileno(), 0o666 & ~umask)  # temporary files start as the owner's alone
-            if previous is not None:
-                _keep(path, previous)
-            Path(file.name).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(file.name).unlink(missing_ok=True)
-            raise
+        if previous is not None:
+            _keep(path, previous)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

@@ -158,11 +158,7 @@ def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
 
 
 def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
-    """How far the run of a checkpoint was.
-
-    Raises:
-        InputError: if what it says of that is impossible.
-    """
+    """How far the run of a checkpoint was; raises InputError if what it says of that is impossible."""
     found: dict[str, Any] = {'max_accuracy': -1.0, 'best_of': 'model', 'keep_rate': None,
                              'history': [], 'timings': [], 'left_out': [], **state}  # fmt: skip
     within: dict[str, Any] = {'batch': 0, 'done': 0, 'num_draws': None, 'tally': {}}
