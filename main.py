@@ -186,6 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         accum_steps=args.accum_steps,
         mixup_fn=build_mixup(args, splits.num_classes),
         memory_format=memory_format,
+        keep_rate=build_keep_rates(args),
         train_mode=not args.finetune if args.train_mode is None else args.train_mode,
         teacher=None if teacher is None else teacher.to(device),
         seed=args.seed,
@@ -193,7 +194,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     total_batch = args.batch_size * args.accum_steps * process.world_size
     lr = args.lr * total_batch / 512  # learning rates are given for a total batch of 512
-    trained = prepare_training(args, model, process, device)
+    train_model = prepare_training(args, model, process, device)
     optimizer = build_optimizer(args, model, lr, device)
     updates_per_epoch = math.ceil(len(train_loader) / args.accum_steps)
     scheduler = build_scheduler(args, optimizer, updates_per_epoch)
@@ -211,7 +212,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     training = Run(
         state=TrainState(model, build_average(args, model), optimizer, scheduler, scaler),
-        trained=trained,
+        train_model=train_model,
         loader=train_loader,
         dataset=splits.train,
         test=test,
@@ -225,7 +226,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             checkpoint_every=args.checkpoint_every,
             rewinds=args.on_nan == 'rewind',
         ),
-        keep_rates=build_keep_rates(args),
         described={'classes': splits.val.classes, 'args': vars(args), 'fingerprint': fingerprint},
         output=output,
     )
@@ -241,8 +241,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     progress = training.progress
     output.begin({**vars(args), 'derived': derived}, lines=progress.history, timings=progress.timings)
     if args.log_wandb and is_main_process():
-        output.tracker = WandbRun(output.path, {**vars(args), **derived}, project=args.wandb_project,
-                                  name=args.experiment, tags=args.wandb_tags)  # fmt: skip
+        output.writers.append(WandbRun(output.path, {**vars(args), **derived}, project=args.wandb_project,
+                                       name=args.experiment, tags=args.wandb_tags))  # fmt: skip
     log(f'{args.model}, {num_parameters:,} parameters, on {args.data_set}: {len(splits.train)} training and '
         f'{len(splits.val)} {chosen_on}, {num_classes} classes')  # fmt: skip
     processes = f'{process.world_size} process{"es" if process.world_size > 1 else ""}'
@@ -282,15 +282,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if not is_main_process():
                 sys.exit(stop.exit_code)
             raise
-        except (InputError, OSError) as err:
-            report_failure(get_rank(), one_line(err))
-            raise
-        except (torch.OutOfMemoryError, ValueError, dist.DistError, RuntimeError) as err:
-            reason = explain(err, args)
-            if reason is None:
-                report_failure(get_rank(), one_line(err))
+        except (InputError, OSError, ValueError, RuntimeError) as err:
+            reason = err if isinstance(err, (InputError, OSError)) else explain(err, args) or err
+            report_failure(get_rank(), one_line(reason))
+            if reason is err:
                 raise
-            report_failure(get_rank(), str(reason))
             raise reason from None
     reports = args.report and args.output_dir and not (args.eval or args.only_test_speed) and is_main_process()
     if dist.is_initialized():  # not after an error: the other processes may never come to the same point

@@ -93,10 +93,11 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def all_reduce_max(values: Tensor) -> None:
-    """Replaces a tensor by the largest values over all processes."""
+def all_reduce_max(values: Tensor) -> Tensor:
+    """The largest values over all processes of a tensor, on each of them."""
     if is_distributed():
         dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
 
 
 def from_main_process(value: T) -> T:
@@ -143,7 +144,7 @@ class ProgressBar:
 
     bar: tqdm
 
-    def __init__(self, loader: SizedLoader, *, header: str, print_freq: int, first: int = 0) -> None:
+    def __init__(self, loader: SizedLoader, *, header: str, print_freq: int = 10, first: int = 0) -> None:
         self.loader = loader
         self.header = header
         self.print_freq = print_freq

@@ -12,7 +12,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config.arguments import mixes_images
-from config.models import check_output, create_model, keeps_tokens_by_rate, recompute_blocks, synchronize_stem
+from config.models import (
+    EVIT_ARGUMENTS,
+    check_output,
+    evit_kwargs,
+    keeps_tokens_by_rate,
+    new_model,
+    recompute_blocks,
+    synchronize_stem,
+)
 from config.recall import EVIT_FLAGS
 from config.teachers import DEFAULT_TEACHER, create_teacher
 from datasets import Splits
@@ -24,7 +32,10 @@ from utils import UsageError, log, one_line
 
 
 def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
-    """The student, or the only model.
+    """The student, or the only model; rates of 0 are not mentioned to it.
+
+    Args:
+        num_classes: the head's size, None for the model's own.
 
     Raises:
         UsageError: if timm does not know it, it refuses its arguments, or flags of EViT are given for another one.
@@ -33,15 +44,20 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     if given and not keeps_tokens_by_rate(args.model):
         why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
         raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
-    return create_model(
-        args.model,
-        input_size=args.input_size,
-        num_classes=num_classes,
-        drop=args.drop,
-        drop_path=args.drop_path,
-        evit_settings=vars(args),
-        model_kwargs=args.model_kwargs,
-    )
+    set_by = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
+    set_by |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
+    for key, _ in args.model_kwargs:
+        if key in set_by:
+            raise UsageError(f'--model-kwargs {key}=…: this is set by {set_by[key]}')
+    rates = {'drop_rate': args.drop, 'drop_path_rate': args.drop_path}
+    kwargs = {
+        **{key: rate for key, rate in rates.items() if rate},
+        **dict(args.model_kwargs),
+        **evit_kwargs(vars(args)),
+    }
+    if num_classes is not None:
+        kwargs['num_classes'] = num_classes
+    return new_model('--model', args.model, args.input_size, kwargs)
 
 
 def build_criterion(

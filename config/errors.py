@@ -133,10 +133,8 @@ def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
     if 'DataLoader timed out' in text:
         return InputError(f'a loader process gave no batch in {args.timeout:g} s (--timeout): it, or its disk, hangs')
     if 'shared memory' in text or '/torch_' in text:
-        return InputError(
-            f'loader processes have no room in shared memory: {one_line(err)}; give /dev/shm more (docker run '
-            '--shm-size), or fewer --num_workers'
-        )
+        room = f'loader processes have no room in shared memory: {one_line(err)}'
+        return InputError(f'{room}; give /dev/shm more (docker run --shm-size), or fewer --num_workers')
     if 'DataLoader worker' in text:
         return InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less')
     broken = re.search('gloo|nccl|pair closure|connection|timed out|timeout|broken pipe', text, re.IGNORECASE)

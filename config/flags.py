@@ -84,9 +84,8 @@ def number(kind: type, *, low: float, high: float = float('inf'), low_open: bool
         value = kind(text)
         if not (low < value if low_open else low <= value) or not value <= high or value == float('inf'):
             limits = f'above {low:g}' if low_open else f'at least {low:g}'
-            raise argparse.ArgumentTypeError(
-                f'{text} must be {limits}' + (f', at most {high:g}' if high < float('inf') else '')
-            )
+            limits += f', at most {high:g}' if high < float('inf') else ''
+            raise argparse.ArgumentTypeError(f'{text} must be {limits}')
         return value
 
     parse.__name__ = kind.__name__
@@ -119,10 +118,5 @@ def add_data_flags(parser: Any, *, default: str) -> None:
 
 
 def usable_workers(asked: int | None, *, processes: int = 1) -> int:
-    """The loader processes to start: as asked, else one a core, at most 10.
-
-    Args:
-        asked: the flag.
-        processes: how many share this machine's cores.
-    """
+    """The loader processes to start: as asked, else one for each core that `processes` share, at most 10."""
     return min(10, max(num_usable_cores() // processes, 1)) if asked is None else asked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -23,12 +23,6 @@ def _is_plain(value: Any, depth: int = 4) -> bool:
     if isinstance(value, (list, tuple)):
         return depth > 0 and len(value) <= 1000 and all(_is_plain(item, depth - 1) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _whole_numbers(value: Any) -> list[int]:
-    """Those that a value is, or has in a list."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [entry for entry in values if isinstance(entry, int)]
 
 
 def constructor_arguments(model: nn.Module) -> set[str]:
@@ -58,7 +52,9 @@ def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
     for key, value in kwargs.items():
         if key not in known:
             raise UsageError(f'{name} refuses its arguments: {key} is refused, its constructor has none of that name')
-        if any(size > (MOST_BLOCKS if key == 'depth' else MOST_SIZE) for size in _whole_numbers(value)):
+        most = MOST_BLOCKS if key == 'depth' else MOST_SIZE
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(entry, int) and entry > most for entry in entries):
             raise UsageError(f'{name} refuses its arguments: {key} is refused, {value!r:.20} is too large')
         if not _is_plain(value):
             raise UsageError(f'{name} refuses its arguments: {key} is refused, it is no plain value')
@@ -99,39 +95,6 @@ def evit_kwargs(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def create_model(
-    name: str,
-    *,
-    input_size: int,
-    num_classes: int | None,
-    drop: float = 0.0,
-    drop_path: float = 0.0,
-    evit_settings: Mapping[str, Any],
-    model_kwargs: Sequence[tuple[str, Any]] = (),
-) -> nn.Module:
-    """Builds the student, or the only model.
-
-    Args:
-        num_classes: the head's size, None for the model's own.
-        drop, drop_path: rates; 0 is not mentioned to the model.
-        evit_settings: arguments among which those of EViT are looked up.
-        model_kwargs: further arguments of the constructor.
-
-    Raises:
-        UsageError: if timm does not know the name, or the model refuses its arguments.
-    """
-    elsewhere = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
-    elsewhere |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
-    for key, _ in model_kwargs:
-        if key in elsewhere:
-            raise UsageError(f'--model-kwargs {key}=…: this is set by {elsewhere[key]}')
-    rates = {'drop_rate': drop, 'drop_path_rate': drop_path}
-    kwargs: dict[str, Any] = {**{key: rate for key, rate in rates.items() if rate > 0}, **dict(model_kwargs)}
-    if num_classes is not None:
-        kwargs['num_classes'] = num_classes
-    return new_model('--model', name, input_size, {**kwargs, **evit_kwargs(evit_settings)})
-
-
 def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int, flag: str = '--model') -> None:
     """Puts one black image through the model.
 
@@ -166,11 +129,7 @@ def put_channels_last(model: nn.Module) -> None:
 
 
 def recompute_blocks(model: nn.Module, name: str) -> None:
-    """Has the model compute its blocks again in the backward pass.
-
-    Raises:
-        UsageError: if it cannot.
-    """
+    """Has the model compute its blocks again in the backward pass; raises UsageError if it cannot."""
     try:
         model.set_grad_checkpointing()  # type: ignore[operator]
     except (AttributeError, AssertionError, TypeError, NotImplementedError):

@@ -67,7 +67,6 @@ def read_settings(
 
     Args:
         weights: the checkpoint's, which say the size of the head.
-        source: the checkpoint's name, for messages.
         name, input_size: of the model, and pixels, in place of what the checkpoint says, or where it does not.
         default_size: pixels, where the checkpoint does not say.
         further: arguments of the constructor, in place of the checkpoint's.
@@ -86,10 +85,9 @@ def read_settings(
     if not 0 < size <= MOST_PIXELS:
         raise InputError(f'{source} says that its images have {size} pixels: give --input-size PIXELS')
     try:
-        kwargs = {
-            **dict(stored.get('model_kwargs') or []),
-            **(evit_kwargs(stored) if keeps_tokens_by_rate(name) else {}),
-        }
+        kwargs = dict(stored.get('model_kwargs') or [])
+        if keeps_tokens_by_rate(name):
+            kwargs |= evit_kwargs(stored)
     except (TypeError, ValueError):
         raise InputError(f'{source} has model arguments that are not of this program') from None
     kwargs |= further or {}
@@ -102,9 +100,8 @@ def read_settings(
     if head:
         kwargs['num_classes'] = head
     if head and len(classes) > head:
-        raise InputError(
-            f'{source} names {len(classes)} classes, and its head has {head} rows: it is not of this program'
-        )
+        number = f'names {len(classes)} classes, and its head has {head} rows'
+        raise InputError(f'{source} {number}: it is not of this program')
     # A head with more rows than the data had classes, and checkpoints of other programs, which name none.
     classes = [*classes, *map(str, range(len(classes), head or 0))]
     return Settings(name, kwargs, size, classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, stored)
@@ -154,8 +151,6 @@ def fold_if_equal(model: nn.Module, input_size: int) -> tuple[nn.Module, float]:
         expected = model(images)
         difference = float((folded(images) - expected).abs().max())
     if not difference <= TOLERANCE * max(float(expected.abs().max()), 1.0):
-        raise InputError(
-            f'folding the BatchNorms of this {type(model).__name__} changes its logits by {difference:.2g}: '
-            'its parts are not called in the order that their names say'
-        )
+        what = f'folding the BatchNorms of this {type(model).__name__} changes its logits by {difference:.2g}'
+        raise InputError(f'{what}: its parts are not called in the order that their names say')
     return folded, difference

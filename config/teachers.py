@@ -40,10 +40,9 @@ def _trained_teacher(
     taught = loaded.get('classes')
     if taught is not None and len(taught) == len(classes) and list(taught) != list(classes):
         raise InputError(f'the teacher {path} has other classes than the data set, or in another order')
-    if settings.kwargs.setdefault('num_classes', num_classes) != num_classes:
-        raise InputError(
-            f'the teacher {path} has {settings.kwargs["num_classes"]} classes, the data set has {num_classes}'
-        )
+    has = settings.kwargs.setdefault('num_classes', num_classes)
+    if has != num_classes:
+        raise InputError(f'the teacher {path} has {has} classes, the data set has {num_classes}')
     model = settings.build(weights, path, flag='--teacher-model')
     return model, settings.input_size, {'mean': settings.mean, 'std': settings.std} if ours else own
 
@@ -57,10 +56,8 @@ def _pretrained_teacher(name: str, input_size: int, num_classes: int) -> tuple[n
     except Exception as err:  # whatever timm and the hub raise where there are no weights or no network
         raise InputError(f"cannot get timm's weights of {name} ({one_line(err)}): give --teacher-path FILE") from None
     if model.num_classes != num_classes:
-        raise InputError(
-            f"timm's weights of {name} have {model.num_classes} classes, the data set has {num_classes}: "
-            'give --teacher-path FILE'
-        )
+        have = f'have {model.num_classes} classes, the data set has {num_classes}'
+        raise InputError(f"timm's weights of {name} {have}: give --teacher-path FILE")
     settings = timm.data.resolve_data_config(model=model)
     return model, settings['input_size'][-1], settings
 

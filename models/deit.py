@@ -33,40 +33,36 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_deit(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> VisionTransformer:
+_TINY, _SMALL = {'embed_dim': 192, 'num_heads': 4}, {'embed_dim': 384, 'num_heads': 6}
+
+
+def _create_deit(variant: str, pretrained: bool, sizes: dict[str, int], kwargs: dict[str, Any]) -> VisionTransformer:
     common = {'img_size': 32, 'depth': 12, 'num_classes': 100}
+    features = {'out_indices': 3, 'feature_cls': 'getter'}
     return build_model_with_cfg(
-        VisionTransformer,
-        variant,
-        pretrained,
-        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
-        **{**common, **defaults, **kwargs},
+        VisionTransformer, variant, pretrained, feature_cfg=features, **{**common, **sizes, **kwargs}
     )
 
 
 @register_model
 def deit_tiny_cifar_patch4(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """DeiT-T with four heads, patch 4, 32 px: 5.4M parameters."""
-    defaults = {'patch_size': 4, 'embed_dim': 192, 'num_heads': 4}
-    return _create_deit('deit_tiny_cifar_patch4', pretrained, defaults, kwargs)
+    return _create_deit('deit_tiny_cifar_patch4', pretrained, {'patch_size': 4, **_TINY}, kwargs)
 
 
 @register_model
 def deit_tiny_cifar_patch2(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """DeiT-T with four heads, patch 2, 32 px: 5.4M parameters."""
-    defaults = {'patch_size': 2, 'embed_dim': 192, 'num_heads': 4}
-    return _create_deit('deit_tiny_cifar_patch2', pretrained, defaults, kwargs)
+    return _create_deit('deit_tiny_cifar_patch2', pretrained, {'patch_size': 2, **_TINY}, kwargs)
 
 
 @register_model
 def deit_small_cifar_patch4(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """DeiT-S, patch 4, 32 px: 21.4M parameters."""
-    defaults = {'patch_size': 4, 'embed_dim': 384, 'num_heads': 6}
-    return _create_deit('deit_small_cifar_patch4', pretrained, defaults, kwargs)
+    return _create_deit('deit_small_cifar_patch4', pretrained, {'patch_size': 4, **_SMALL}, kwargs)
 
 
 @register_model
 def deit_small_cifar_patch2(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """DeiT-S, patch 2, 32 px: 21.4M parameters."""
-    defaults = {'patch_size': 2, 'embed_dim': 384, 'num_heads': 6}
-    return _create_deit('deit_small_cifar_patch2', pretrained, defaults, kwargs)
+    return _create_deit('deit_small_cifar_patch2', pretrained, {'patch_size': 2, **_SMALL}, kwargs)

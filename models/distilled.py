@@ -5,7 +5,7 @@ This project's own: the paper has no distilled model.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,52 +78,15 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-_create = partial(create_dhvt, model_cls=DistilledDHVT)
+def _entry_point(name: str) -> Callable[..., DHVT]:
+    """timm's entry point for a variant of dhvt.py with a distillation token."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> DHVT:
+        return create_dhvt(create.__name__, pretrained, **{'model_cls': DistilledDHVT, **kwargs})
+
+    create.__name__ = create.__qualname__ = f'{name}_distilled'
+    create.__doc__ = f'`{name}` with a distillation token.'
+    return register_model(create)
 
 
-@register_model
-def dhvt_tiny_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-T, patch 4, 32 px, with a distillation token."""
-    return _create('dhvt_tiny_cifar_patch4_distilled', pretrained, **kwargs)
-
-
-@register_model
-def dhvt_small_cifar_patch4_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-S, patch 4, 32 px, with a distillation token."""
-    return _create('dhvt_small_cifar_patch4_distilled', pretrained, **kwargs)
-
-
-@register_model
-def dhvt_tiny_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-T, patch 2, 32 px, with a distillation token."""
-    return _create('dhvt_tiny_cifar_patch2_distilled', pretrained, **kwargs)
-
-
-@register_model
-def dhvt_small_cifar_patch2_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-S, patch 2, 32 px, with a distillation token."""
-    return _create('dhvt_small_cifar_patch2_distilled', pretrained, **kwargs)
-
-
-@register_model
-def dhvt_tiny_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-T for DomainNet, patch 16, 224 px, with a distillation token."""
-    return _create('dhvt_tiny_domain_patch16_distilled', pretrained, **kwargs)
-
-
-@register_model
-def dhvt_small_domain_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-S for DomainNet, patch 16, 224 px, with a distillation token."""
-    return _create('dhvt_small_domain_patch16_distilled', pretrained, **kwargs)
-
-
-@register_model
-def dhvt_tiny_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-T for ImageNet, patch 16, 224 px, with a distillation token."""
-    return _create('dhvt_tiny_imagenet_patch16_distilled', pretrained, **kwargs)
-
-
-@register_model
-def dhvt_small_imagenet_patch16_distilled(pretrained: bool = False, **kwargs: Any) -> DHVT:
-    """DHVT-S for ImageNet, patch 16, 224 px, with a distillation token."""
-    return _create('dhvt_small_imagenet_patch16_distilled', pretrained, **kwargs)
+globals().update({f'{name}_distilled': _entry_point(name) for name in dhvt.default_cfgs})

@@ -233,19 +233,16 @@ def _create_evit(variant: str, pretrained: bool, defaults: dict[str, Any], kwarg
 @register_model
 def deit_tiny_patch16_shrink_base(pretrained: bool = False, **kwargs: Any) -> EViT:
     """EViT on DeiT-T, 224 px: 5.7M parameters."""
-    defaults = {'embed_dim': 192, 'num_heads': 3}
-    return _create_evit('deit_tiny_patch16_shrink_base', pretrained, defaults, kwargs)
+    return _create_evit('deit_tiny_patch16_shrink_base', pretrained, {'embed_dim': 192, 'num_heads': 3}, kwargs)
 
 
 @register_model
 def deit_small_patch16_shrink_base(pretrained: bool = False, **kwargs: Any) -> EViT:
     """EViT on DeiT-S, 224 px: 22.1M parameters; 3.0 G multiply-adds at keep rate 0.7."""
-    defaults = {'embed_dim': 384, 'num_heads': 6}
-    return _create_evit('deit_small_patch16_shrink_base', pretrained, defaults, kwargs)
+    return _create_evit('deit_small_patch16_shrink_base', pretrained, {'embed_dim': 384, 'num_heads': 6}, kwargs)
 
 
 @register_model
 def deit_base_patch16_shrink_base(pretrained: bool = False, **kwargs: Any) -> EViT:
     """EViT on DeiT-B, 224 px: 86.6M parameters."""
-    defaults = {'embed_dim': 768, 'num_heads': 12}
-    return _create_evit('deit_base_patch16_shrink_base', pretrained, defaults, kwargs)
+    return _create_evit('deit_base_patch16_shrink_base', pretrained, {'embed_dim': 768, 'num_heads': 12}, kwargs)

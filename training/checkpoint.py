@@ -9,7 +9,7 @@ import json
 import os
 import re
 import struct
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -75,21 +75,19 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], *, previous: Pa
     Raises:
         OSError: if the disk is full or the folder cannot be written; the old file is untouched.
     """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix=TEMPORARY, delete=False) as file:
-        try:
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}')
+    try:
+        with open(str(temporary), 'x+b') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(file.fileno(), 0o666 & ~umask)  # temporary files start as the owner's alone
-            if previous is not None:
-                _keep(path, previous)
-            Path(file.name).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(file.name).unlink(missing_ok=True)
-            raise
+        if previous is not None:
+            _keep(path, previous)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -133,11 +131,7 @@ def _is_whole(data: bytes) -> bool:
 
 
 def _check_ends(path: Path, source: str) -> None:
-    """Tells by a file's first and last bytes, before its memory is taken, whether it can be a checkpoint.
-
-    Raises:
-        InputError: if not.
-    """
+    """Refuses what by its first and last bytes, before its memory is taken, can be no checkpoint."""
     with path.open('rb') as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -154,11 +148,7 @@ def _check_ends(path: Path, source: str) -> None:
 
 
 def _download(url: str, name: str) -> bytes:
-    """The bytes of a URL's file, from torch.hub's cache if it is whole there; else it is fetched, and kept if it is.
-
-    Args:
-        name: the file's, which says its format.
-    """
+    """The bytes of a URL's file, from torch.hub's cache if it is whole there; else it is fetched, and kept if it is."""
     path = cache_path(url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,11 +195,7 @@ def read(source: str) -> bytes:
 
 
 def _check_sizes(data: bytes, source: str) -> None:
-    """Sees to it that what a zip archive says to hold is no more than the file itself.
-
-    Raises:
-        InputError: if not.
-    """
+    """Refuses a zip archive that says to hold more than the file itself."""
     try:
         members = zipfile.ZipFile(io.BytesIO(data)).infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
@@ -221,13 +207,9 @@ def _check_sizes(data: bytes, source: str) -> None:
 
 
 def check_plain(value: Any, what: str) -> None:
-    """Checks that a value is of numbers and words, and as small as it looks; shared parts count each time.
+    """Raises InputError unless a value is of numbers and words, and as small as it looks; shared parts count each time.
 
-    Args:
-        what: its name, for the message.
-
-    Raises:
-        InputError: if not.
+    `what` names it in the message.
     """
     left = MOST_VALUES
     stack = [(value, 0)]
@@ -258,11 +240,7 @@ def _from_safetensors(data: bytes, source: str) -> dict[str, Any]:
 
 
 def checked(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
-    """A checkpoint whose fields beside the tensors are plain.
-
-    Raises:
-        InputError: if they are not.
-    """
+    """A checkpoint whose fields beside the tensors are plain, else InputError."""
     for name in PLAIN:
         check_plain(checkpoint.get(name), f'{source}: {name}')
     return checkpoint
@@ -292,7 +270,7 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
     except Exception as err:  # torch raises a dozen types for damaged files
         refused = re.search(r'GLOBAL ([\w.]+)|(?:class|type) ([\w.]+)', str(err)) if 'eights' in str(err) else None
         if refused:
-            name = refused.group(1) or refused.group(2)
+            name = refused[1] or refused[2]
             raise InputError(f'{source}: refused, it holds {name}, and a checkpoint may hold no code') from None
         raise InputError(f'{source} is damaged, or no checkpoint of PyTorch') from None
     if not isinstance(checkpoint, dict):
@@ -361,7 +339,6 @@ def to_safetensors(weights: Mapping[str, Tensor], described: Mapping[str, Any]) 
 
 def description(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a safetensors file keeps of a checkpoint beside its weights: enough to evaluate them."""
-    described = {
-        name: checkpoint[name] for name in ('epoch', 'max_accuracy', 'keep_rate', 'classes') if name in checkpoint
-    }
+    names = ('epoch', 'max_accuracy', 'keep_rate', 'classes')
+    described = {name: checkpoint[name] for name in names if name in checkpoint}
     return {**described, 'args': stored_args(checkpoint)}

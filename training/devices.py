@@ -42,14 +42,12 @@ def find_device(name: str, *, process: Process) -> torch.device:
         raise UsageError(f'--device {name}: {process.world_size} processes need cuda, one GPU for each, or cpu')
     if device.type == 'cuda':
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if device.index is not None:
-            index = device.index
-        else:  # SLURM may show each of a machine's processes its own GPU only
+        index = device.index
+        if index is None:  # SLURM may show each of a machine's processes its own GPU only
             index = 0 if count == 1 and process.launcher == 'slurm' else process.local_rank
         if index >= count:
-            raise UsageError(
-                f'--device {name}: process {process.rank} needs GPU {index}, but this machine shows {count}'
-            )
+            need = f'process {process.rank} needs GPU {index}, but this machine shows {count}'
+            raise UsageError(f'--device {name}: {need}')
         device = torch.device('cuda', index)
         torch.cuda.set_device(device)
     elif device.type == 'mps' and not torch.backends.mps.is_available():

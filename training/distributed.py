@@ -34,25 +34,19 @@ def _within(seconds: float, call: Callable[[], str]) -> str | None:
 def report_failure(rank: int, reason: str) -> None:
     """Tells the other processes why this one stops."""
     store = _store
+    if store is None:
+        return
 
     def tell() -> str:
         with suppress(Exception):  # the store may have gone with the process that held it
-            assert store is not None
             store.set(f'stopped/{rank}', reason)
         return ''
 
-    if store is not None:
-        _within(2, tell)
+    _within(2, tell)
 
 
 def find_failed_process(rank: int, error: BaseException, *, patience: float = 3.0) -> str:
-    """Why a collective of this process failed: which of the others stopped, and what it said.
-
-    Args:
-        rank: this process's number.
-        error: what the collective raised.
-        patience: seconds that the others have to say something.
-    """
+    """Why a collective of this process failed: which of the others stopped, and what it said within `patience` s."""
     reason, store = one_line(error), _store
     if store is None:
         return f'the group is broken ({reason})'
@@ -99,7 +93,6 @@ def find_process(env: Mapping[str, str], *, world_size: int = 1, local_rank: int
     """Reads this process's place from torchrun's variables, else from SLURM's, else from the two flags.
 
     Args:
-        env: the environment.
         world_size: the number of processes, for processes that are started by hand on one machine.
         local_rank: this process's number on its machine, where no launcher gives it.
 
@@ -182,8 +175,6 @@ def init_distributed(process: Process, *, device: torch.device, dist_url: str, t
     """Joins the process group: NCCL for tensors on GPUs, gloo for the rest. Does nothing for a single process.
 
     Args:
-        process: this process's place.
-        device: where its tensors live.
         dist_url: `env://` or `tcp://HOST:PORT`.
         timeout: seconds after which a process gives up waiting for the others.
 

@@ -82,11 +82,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the thread.
-
-        Raises:
-            InputError: of `check`.
-        """
+        """Waits for the thread; raises the InputError of `check`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -114,11 +110,7 @@ class BackgroundWriter:
                 log(f'Warning: {self._failure}; what it held stays, the run goes on, and tries again at the next save')
 
     def close(self) -> None:
-        """Waits, and tries a last time what could not be written.
-
-        Raises:
-            InputError: if that fails again.
-        """
+        """Waits, and tries a last time what could not be written; raises InputError if that fails again."""
         self.wait()
         if self._failure:
             self.put(self._unmade or dict)
@@ -145,9 +137,8 @@ class _Events:
                 self._writer.write_event(Event(session_log=start, step=self._unwritten[0]['epoch']))
             for entry in self._unwritten:
                 for name, value in entry.items():
-                    self._writer.write_event(
-                        Event(wall_time=time.time(), step=entry['epoch'], summary=summary.scalar(name, value))
-                    )
+                    point = summary.scalar(name, value)
+                    self._writer.write_event(Event(wall_time=time.time(), step=entry['epoch'], summary=point))
             self._writer.flush()
             self._unwritten.clear()
         except OSError as err:
@@ -163,7 +154,6 @@ class OutputFolder:
     """The files of a run, written by the main process; an empty path writes none.
 
     Args:
-        path: the folder, made if absent.
         export: a safetensors file for the best weights, if there is to be one.
 
     Raises:
@@ -178,8 +168,7 @@ class OutputFolder:
         self.wanted = bool(path)  # also on the other processes
         self._lock: int | None = None
         self._folder: int | None = None
-        self._events: _Events | None = None
-        self.tracker: WandbRun | None = None
+        self.writers: list[_Events | WandbRun] = []  # of an epoch's numbers
         previous = {} if self.path is None else {self.path / CHECKPOINT: self.path / PREVIOUS}
         self._files = BackgroundWriter(previous, self._check_folder)
         if self._export is not None:
@@ -224,12 +213,7 @@ class OutputFolder:
         return found
 
     def begin(self, settings: dict[str, Any], *, lines: Sequence[dict], timings: Sequence[dict]) -> None:
-        """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them.
-
-        Args:
-            settings: what goes into args.yaml.
-            lines, timings: of the epochs before this start.
-        """
+        """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them."""
         if self.path is None:
             return
         self._check_folder()
@@ -237,12 +221,11 @@ class OutputFolder:
         if not lines and log_file.is_file() and log_file.stat().st_size:
             log_file.replace(self.path / 'old_log.txt')
             log(f'Note: {log_file} is of a run without checkpoints, and is kept as old_log.txt')
-        text = yaml.safe_dump(settings, sort_keys=False)
-        ckpt.write_bytes(self.path / 'args.yaml', text.encode())
+        ckpt.write_bytes(self.path / 'args.yaml', yaml.safe_dump(settings, sort_keys=False).encode())
         for path, data in self._logs(lines, timings).items():
             if lines or path.exists():
                 ckpt.write_bytes(path, data)
-        self._events = _Events(self.path / 'runs')
+        self.writers.append(_Events(self.path / 'runs'))
 
     def _logs(self, lines: Sequence[dict], timings: Sequence[dict]) -> dict[Path, bytes]:
         assert self.path is not None
@@ -287,9 +270,8 @@ class OutputFolder:
 
     def add_events(self, line: dict[str, Any]) -> None:
         """Adds an epoch's numbers, 'epoch' among them, to tensorboardX's file, and to wandb if it is asked for."""
-        for writer in (self._events, self.tracker):
-            if writer is not None:
-                writer.add(line)
+        for writer in self.writers:
+            writer.add(line)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on the disk."""
@@ -305,11 +287,7 @@ class OutputFolder:
         return f' ({self.path / name})'
 
     def close(self) -> None:
-        """Waits for all files.
-
-        Raises:
-            InputError: if one of them could not be written.
-        """
+        """Waits for all files; raises InputError if one of them could not be written."""
         try:
             self._files.close()
             if self._export and not self._exported and self.path:
@@ -318,9 +296,8 @@ class OutputFolder:
                     log(f'Warning: {self.path / BEST} is gone: {self._export} has the weights of the newest checkpoint')
                 ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.description(state)))
         finally:
-            for writer in (self._events, self.tracker):
-                if writer is not None:
-                    writer.close()
+            for writer in self.writers:
+                writer.close()
             for descriptor in (self._lock, self._folder):
                 if descriptor is not None:
                     os.close(descriptor)

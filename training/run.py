@@ -8,13 +8,11 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 from torch import nn
 
 from engine import NonFiniteError, TrainSettings, train_one_epoch
-from models.evit import KeepRateSchedule
 from pipeline.images import ImageDataset
 from pipeline.loaders import TrainLoader
 from training import checkpoint as ckpt
@@ -47,54 +45,27 @@ class RunSettings:
     rewinds: bool = False  # go back, once a step gives no finite numbers, and leave it out
 
 
+@dataclass(kw_only=True)
 class Run:
-    """A training: its epochs, and what happens between, inside and after them.
+    """A training: its epochs, and what happens between, inside and after them."""
 
-    Args:
-        state: what training changes.
-        trained: the model as it is called in training, perhaps inside DistributedDataParallel.
-        loader: training batches, made by a `TrainBatches`.
-        dataset: the training images.
-        test: gives a model's results on the images that choose the best checkpoint.
-        final_test: on the test images, at the end, where those are others.
-        settings: of each epoch.
-        run_settings: of the run.
-        keep_rates: EViT's schedule, if the model is one.
-        described: what a checkpoint says beside the run's state: `classes`, `args`, `fingerprint`.
-        output: the run's folder.
-    """
+    state: TrainState
+    train_model: nn.Module  # perhaps inside DistributedDataParallel
+    loader: TrainLoader  # its batches are a `TrainBatches`
+    dataset: ImageDataset  # the training images
+    test: Test  # on the images that choose the best checkpoint
+    final_test: Test | None = None  # on the test images, at the end, where those are others
+    settings: TrainSettings
+    run_settings: RunSettings
+    described: Mapping[str, Any]  # what a checkpoint says beside the run's state: `classes`, `args`, `fingerprint`
+    output: OutputFolder
 
-    def __init__(
-        self,
-        *,
-        state: TrainState,
-        trained: nn.Module,
-        loader: TrainLoader,
-        dataset: ImageDataset,
-        test: Test,
-        final_test: Test | None = None,
-        settings: TrainSettings,
-        run_settings: RunSettings,
-        keep_rates: KeepRateSchedule | None,
-        described: Mapping[str, Any],
-        output: OutputFolder,
-    ) -> None:
-        self.state = state
-        self.trained = trained
-        self.loader = loader
-        self.batches = loader.batch_sampler
-        self.dataset = dataset
-        self.test = test
-        self.final_test = final_test
-        self.val_name = 'test' if final_test is None else 'held-out'
-        self.settings = settings
-        self.run_settings = run_settings
-        self.keep_rates = keep_rates
-        self.described = described
-        self.output = output
+    def __post_init__(self) -> None:
+        self.batches = self.loader.batch_sampler
+        self.val_name = 'test' if self.final_test is None else 'held-out'
         self.interrupts = Interrupts()
         self.progress = TrainingProgress()
-        self.num_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+        self.num_parameters = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
         self._trained_epochs = 0  # by this process
         self._updates = 0  # optimizer steps before this place in the run
         self._rewound = 0  # since the last whole epoch
@@ -188,33 +159,28 @@ class Run:
     def _dump(self, err: NonFiniteError) -> str:
         """Writes what is known about a step that gave no finite numbers; returns where, for a message."""
         first = err.step['batch']
-        draws = [self.batches.draws(number) for number in range(first, first + err.step['batches_in_step'])]
-        samples = [
+        samples = [  # of each batch, of each process
             [
                 [{'index': draw.image, 'repeat': draw.repeat, 'name': self.dataset.name(draw.image)} for draw in own]
-                for own in batch
+                for own in self.batches.draws(number)
             ]
-            for batch in draws
+            for number in range(first, first + err.step['batches_in_step'])
         ]
-        content = {**err.step, 'samples': samples}  # of each batch, of each process
-        return self.output.dump(f'non_finite_epoch{err.step["epoch"]}_step{first}.json', content)
+        name = f'non_finite_epoch{err.step["epoch"]}_step{first}.json'
+        return self.output.dump(name, {**err.step, 'samples': samples})
 
     def _rewind(self, err: NonFiniteError) -> None:
         """Goes back to the last checkpoint, and leaves out the batches of the step that failed.
 
         Raises:
-            NonFiniteError: if that is not asked for, or has not helped.
+            InputError: if that is not asked for, or has not helped.
         """
-        if 'batches_in_step' not in err.step:
-            raise err
         where = self._dump(err)
         self.output.wait()
-        hint = (
-            '--on-nan rewind leaves such a batch out' if not self.run_settings.rewinds else 'rewinding has not helped'
-        )
         if not self.run_settings.rewinds or self._rewound == MAX_REWINDS:
             kept = '; the last checkpoint is from before it' if self.output.wanted else ''
-            raise NonFiniteError(f'{err}{where}{kept}; {hint}', err.step)
+            hint = 'rewinding has not helped' if self._rewound else '--on-nan rewind leaves such a batch out'
+            raise InputError(f'{err}{where}{kept}; {hint}')
         self._rewound += 1
         first, number = err.step['batch'], err.step['batches_in_step']
         begin, end = self.batches.batch_range(first)[0], self.batches.batch_range(first + number - 1)[1]
@@ -231,14 +197,14 @@ class Run:
         """Runs the epochs that are left; returns the last line of the log.
 
         Raises:
-            NonFiniteError: for a step that gave no finite numbers, unless it is left out.
+            InputError: for a step that gave no finite numbers, unless it is left out.
             Interrupted: after a signal.
         """
         progress = self.progress
         started = time.perf_counter()
         if progress.epoch >= self.run_settings.last_epoch:
             log(f'Nothing is left to train: the checkpoint has all {self.run_settings.last_epoch} epochs')
-            keep_rate = progress.keep_rate if self.keep_rates is not None else None
+            keep_rate = progress.keep_rate if self.settings.keep_rate is not None else None
             report_accuracy(self.test(self.state.model, 'Test', keep_rate), images=self.val_name)
         elif self.run_settings.rewinds:
             self.save()  # what to go back to: this run, with its arguments
@@ -274,10 +240,7 @@ class Run:
             return
         model = copy.deepcopy(self.state.model)
         model.load_state_dict(best['model'])
-        stats = test(model, 'Test of the best', best['keep_rate'], stop=lambda: bool(self.interrupts.signal))
-        decision = self.interrupts.agree(save=False)
-        if decision >= STOP:
-            self._stop(decision - STOP)
+        stats = self._evaluate(test, model, 'Test of the best', best['keep_rate'])
         weights = 'model_ema' if found and 'trained_model' in found else 'model'
         where = self.output.dump(TEST_RESULT, {'epoch': best['epoch'], 'weights': weights, **stats})
         log(f'The best checkpoint, of epoch {best["epoch"]}, on images that chose nothing{where}:')
@@ -295,7 +258,6 @@ class Run:
         if self.batches.unplaced:
             log(f'Note: the last {self.batches.unplaced} samples of the epoch are too few for all processes')
         progress.num_draws = self.batches.length
-        steps = progress.batch + len(self.batches)
         self._updates = self._count_updates()
         if not state.scheduler.t_in_epochs:  # where steps of the epoch before were left out
             state.scheduler.step_update(self._updates)
@@ -303,14 +265,13 @@ class Run:
             state.model_ema.updates = self._updates
         compiled = num_compiled_graphs()
         stats = train_one_epoch(
-            self.trained,
+            self.train_model,
             self.loader,
             state.optimizer,
             state.scaler,
             self.settings,
             epoch=progress.epoch,
             model_ema=state.model_ema,
-            keep_rate=partial(self.keep_rates, progress.epoch, steps=steps) if self.keep_rates is not None else None,
             first=progress.batch,
             sums=progress.sums,
             after_step=self._after_step,
@@ -321,12 +282,17 @@ class Run:
         self._trained_epochs += 1
         return stats
 
-    def _test(self, model: nn.Module, header: str, prefix: str) -> dict[str, float]:
-        """A model's results for the log, unless a signal comes."""
-        stats = self.test(model, header, self.progress.keep_rate, stop=lambda: bool(self.interrupts.signal))
+    def _evaluate(self, test: Test, model: nn.Module, header: str, keep_rate: float | None) -> dict[str, float]:
+        """A model's results, unless a signal comes."""
+        stats = test(model, header, keep_rate, stop=lambda: bool(self.interrupts.signal))
         decision = self.interrupts.agree(save=False)
         if decision >= STOP:
             self._stop(decision - STOP)
+        return stats
+
+    def _test(self, model: nn.Module, header: str, prefix: str) -> dict[str, float]:
+        """A model's results for the log."""
+        stats = self._evaluate(self.test, model, header, self.progress.keep_rate)
         if prefix == 'test':
             report_accuracy(stats, images=self.val_name)
         else:
@@ -344,10 +310,10 @@ class Run:
         line = {f'train_{name}': value for name, value in train_stats.items()}
         line |= self._test(state.model, 'Test', 'test')
         if not math.isfinite(line['test_loss']):
-            raise NonFiniteError(
+            raise InputError(
                 f'the test loss is {line["test_loss"]} after epoch {epoch}, with learning rate '
-                f'{train_stats["lr"]:.3g}; the last checkpoint is from before the end of this epoch', {}
-            )  # fmt: skip
+                f'{train_stats["lr"]:.3g}; the last checkpoint is from before the end of this epoch'
+            )
         if state.model_ema is not None:
             average = copy.deepcopy(state.model_ema.module).to(self.settings.device)
             line |= self._test(average, 'Test of the moving average', 'ema_test')
@@ -364,13 +330,12 @@ class Run:
         line |= {'max_accuracy': progress.best, 'epoch': epoch, 'n_parameters': self.num_parameters}
         if progress.keep_rate is not None:
             line['keep_rate'] = progress.keep_rate
-        steps = max(progress.sums.losses, 1)
         timing = {
             'epoch': epoch,
             'train_images': (progress.num_draws or 0) - sum(end - begin for begin, end in progress.skipped_ranges()),
             'train_seconds': round(progress.sums.seconds, 3),
             'data_seconds': round(progress.sums.data_seconds, 3),
-            'step_seconds': round(progress.sums.seconds / steps, 6),
+            'step_seconds': round(progress.sums.seconds / progress.sums.losses, 6),
             'test_seconds': round(time.perf_counter() - started, 3),
         }
         progress.history.append(line)

@@ -23,11 +23,8 @@ def like(given: Any, own: Any, what: str) -> Any:
     Tensors need the same shape and kind of number, lists the same length, words must be equal. Where the run has None,
     a number or a bool will do too. Of a mapping, names that the run does not have are left out.
 
-    Args:
-        what: its name, for the message.
-
     Raises:
-        InputError: if it is of another kind.
+        InputError: if it is of another kind; `what` names it.
     """
     if isinstance(own, Tensor) or isinstance(given, Tensor):
         same = isinstance(own, Tensor) and isinstance(given, Tensor)

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 
 from pipeline.workers import SIGNALS
-from utils import InputError, is_distributed, log
+from utils import InputError, all_reduce_max, log
 
 GO_ON, SAVE, STOP = 0, 1, 2  # what processes agree on after a step; STOP plus a signal's number
 
@@ -62,17 +61,9 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def agree(self, *, save: bool) -> int:
-        """What all processes do after this step: GO_ON, SAVE, or STOP plus a signal's number.
-
-        Args:
-            save: whether this process is for a checkpoint.
-        """
+        """What all processes do after this step: GO_ON, SAVE where one is for it, or STOP plus a signal's number."""
         own = STOP + self.signal if self.signal else SAVE if save else GO_ON
-        if not is_distributed():
-            return own
-        wish = torch.tensor(own)  # in host memory: the device goes on with its work
-        dist.all_reduce(wish, dist.ReduceOp.MAX)
-        return int(wish)
+        return int(all_reduce_max(torch.tensor(own)))  # in host memory: the device goes on with its work
 
 
 def requeue() -> None:
@@ -83,8 +74,5 @@ def requeue() -> None:
     array = os.environ.get('SLURM_ARRAY_JOB_ID'), os.environ.get('SLURM_ARRAY_TASK_ID')
     name = '_'.join(part for part in array if part) if all(array) else job
     done = subprocess.run(['scontrol', 'requeue', name], capture_output=True, text=True)
-    log(
-        f'SLURM will start job {name} again'
-        if done.returncode == 0
-        else f'scontrol requeue {name}: {done.stderr.strip()}'
-    )
+    failed = f'scontrol requeue {name}: {done.stderr.strip()}'
+    log(failed if done.returncode else f'SLURM will start job {name} again')

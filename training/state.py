@@ -28,11 +28,9 @@ FREE_ARGUMENTS = {
     *('log_wandb', 'wandb_project', 'wandb_tags', 'experiment'),
 }  # fmt: skip
 
-
 MOST_EPOCHS = 1_000_000
-MODEL_ARGUMENTS = {  # and the data's: with others a checkpoint's weights do not even fit
-    *('model', 'model_kwargs', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'),
-}  # fmt: skip
+# Those of the model and the data: with others a checkpoint's weights do not even fit.
+MODEL_ARGUMENTS = {'model', 'model_kwargs', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'}
 
 
 @dataclass
@@ -75,11 +73,7 @@ def _schedule_state(scheduler: Any) -> dict[str, Any]:
 
 
 def _read_schedule(scheduler: Any, stored: Any, what: str) -> dict[str, Any]:
-    """What of a schedule's stored state is not said by the flags.
-
-    Raises:
-        InputError: if it is not of such a schedule.
-    """
+    """What of a schedule's stored state is not said by the flags; InputError if it is not of such a schedule."""
     own = _schedule_state(scheduler)
     known: dict[str, Any] = {name: own[name] for name in ('base_values', 'plateau') if name in own}
     known['metric'] = None  # there is none before the first epoch
@@ -155,7 +149,7 @@ def as_best(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state, 'model': state['model_ema'], 'trained_model': state['model']}
 
 
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Gives an optimizer's state the memory layout of its parameters, which fused kernels take for granted."""
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
@@ -164,24 +158,13 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
 
 
 def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
-    """How far the run of a checkpoint was.
-
-    Raises:
-        InputError: if what it says of that is impossible.
-    """
-    found: dict[str, Any] = {
-        'max_accuracy': -1.0,
-        'best_of': 'model',
-        'keep_rate': None,
-        'history': [],
-        'timings': [],
-        'left_out': [],
-        **state,
-    }
+    """How far the run of a checkpoint was; raises InputError if what it says of that is impossible."""
+    found: dict[str, Any] = {'max_accuracy': -1.0, 'best_of': 'model', 'keep_rate': None,
+                             'history': [], 'timings': [], 'left_out': [], **state}  # fmt: skip
     within: dict[str, Any] = {'batch': 0, 'done': 0, 'num_draws': None, 'tally': {}}
     if isinstance(state.get('progress'), Mapping):
         within |= state['progress']
-    batch, done, num_draws = within['batch'], within['done'], within['num_draws']
+    batch, done, num_draws, tally = (within[name] for name in ('batch', 'done', 'num_draws', 'tally'))
     most = done if num_draws is None else num_draws
     epoch, left_out = found['epoch'], found['left_out']
     for right, name in (
@@ -191,8 +174,8 @@ def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
         (found['keep_rate'] is None or is_number(found['keep_rate'], high=1), 'keep_rate'),
         (state.get('progress') is None or isinstance(state['progress'], Mapping), 'progress'),
         (is_count(batch) and is_count(most) and is_count(done, high=most), 'place in the run'),
-        (isinstance(within['tally'], Mapping) and all(map(is_number, within['tally'].values()))
-         and within['tally'].keys() <= asdict(EpochSums()).keys(), 'tally'),
+        (isinstance(tally, Mapping) and all(map(is_number, tally.values()))
+         and tally.keys() <= asdict(EpochSums()).keys(), 'tally'),
         *((isinstance(found[name], (list, tuple)) and all(map(is_line, found[name])), name)
           for name in ('history', 'timings')),
         (isinstance(left_out, (list, tuple)) and all(isinstance(entry, (list, tuple)) for entry in left_out)
@@ -205,7 +188,7 @@ def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
         batch=batch,
         done=done,
         num_draws=num_draws,
-        sums=EpochSums(**within['tally']),
+        sums=EpochSums(**tally),
         best=float(found['max_accuracy']),
         best_of=found['best_of'],
         keep_rate=found['keep_rate'],
@@ -219,9 +202,7 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
     """Continues from a checkpoint. Everything is checked before anything is changed.
 
     Args:
-        parts: what is loaded into.
-        state: the checkpoint.
-        source: its name, for messages.
+        source: the checkpoint's name, for messages.
         schedule: take the schedule, and the optimizer's learning rate, decay and so on, from it too.
 
     Raises:
@@ -253,7 +234,7 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
         if parts.model_ema is not None:
             parts.model_ema.module.load_state_dict(average)
         parts.optimizer.load_state_dict(optimizer)
-        _lay_out(parts.optimizer)
+        _match_memory_format(parts.optimizer)
         if schedule or plateau:
             _load_schedule(parts.scheduler, lr_scheduler)
         if not schedule:
@@ -295,8 +276,6 @@ def compare(
     """How a run differs from the one that wrote a checkpoint.
 
     Args:
-        state: the checkpoint.
-        args: this run's arguments.
         fingerprint: of this run: `data`, `total_batch`, `processes`, `precision`, `train_mode`, `augment`, `threads`,
             `device`, `torch`.
 
@@ -309,12 +288,8 @@ def compare(
     if not isinstance(known, Mapping):
         notes = [f'the checkpoint is of another program: {line}' for line in differences]
         return [], [*notes, 'the checkpoint does not say with which data and precision it was made'], False
-    for name, words in (
-        ('data', 'the data set'),
-        ('precision', 'the precision'),
-        ('train_mode', '--train-mode'),
-        ('augment', 'augmentation'),
-    ):
+    for name, words in (('data', 'the data set'), ('precision', 'the precision'), ('train_mode', '--train-mode'),
+                        ('augment', 'augmentation')):  # fmt: skip
         before = known.get(name, 'pil' if name == 'augment' else None)  # older checkpoints do not say how
         if before != fingerprint[name]:
             remedy = f' (--augment {str(before).partition(",")[0]})' if name == 'augment' else ''
@@ -324,18 +299,11 @@ def compare(
     if other_batch:
         changed = [name for name in ('batch_size', 'accum_steps') if stored.get(name) != args[name]]
         differences += [f'--{name} was {stored.get(name)}, is {args[name]}' for name in changed]
-        notes.append(
-            f'the total batch was {known.get("total_batch")}, is {fingerprint["total_batch"]}, and the learning rate '
-            'changes with it'
-        )
-    for name, words in (
-        ('processes', 'the number of processes'),
-        ('threads', 'the number of threads'),
-        ('device', 'the device'),
-        ('torch', 'the version of torch'),
-    ):
+        total = f'{known.get("total_batch")}, is {fingerprint["total_batch"]}'
+        notes.append(f'the total batch was {total}, and the learning rate changes with it')
+    for name, words in (('processes', 'the number of processes'), ('threads', 'the number of threads'),
+                        ('device', 'the device'), ('torch', 'the version of torch')):  # fmt: skip
         if known.get(name) != fingerprint[name]:
-            notes.append(
-                f'{words} was {known.get(name)}, is {fingerprint[name]}: results agree to rounding, not to the bit'
-            )
+            change = f'{words} was {known.get(name)}, is {fingerprint[name]}'
+            notes.append(f'{change}: results agree to rounding, not to the bit')
     return differences, notes, other_batch

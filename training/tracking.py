@@ -46,9 +46,8 @@ class WandbRun:
                 settings=wandb.Settings(console='off', silent=True),
             )
         except Exception as err:  # of many types, its own and the network's
-            raise InputError(
-                f'--log-wandb: {one_line(err)}; WANDB_MODE=offline needs neither account nor network'
-            ) from None
+            hint = 'WANDB_MODE=offline needs neither account nor network'
+            raise InputError(f'--log-wandb: {one_line(err)}; {hint}') from None
         if id_file is not None:
             id_file.write_text(f'{self._run.id}\n')
 

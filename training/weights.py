@@ -109,22 +109,11 @@ def _differences(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list[
 
 
 def check_whole(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Compares weights with a model that they must fit exactly.
-
-    Raises:
-        InputError: if they do not.
-    """
+    """Raises InputError unless weights fit a model exactly."""
     reshaped, missing, unexpected = _differences(model, weights)
     if reshaped or missing or unexpected:
-        parts = [
-            count(names, noun)
-            for names, noun in (
-                (reshaped, 'other shape'),
-                (missing, 'missing key'),
-                (unexpected, 'unexpected key'),
-            )
-            if names
-        ]
+        found = ((reshaped, 'other shape'), (missing, 'missing key'), (unexpected, 'unexpected key'))
+        parts = [count(names, noun) for names, noun in found if names]
         raise InputError(
             f'{source} does not fit the model: {"; ".join(parts)}. '
             'Check --model, --input-size and --nb-classes, or use --finetune to start from what fits'
@@ -132,11 +121,7 @@ def check_whole(model: nn.Module, weights: Mapping[str, Tensor], source: str) ->
 
 
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Loads weights that must fit exactly.
-
-    Raises:
-        InputError: if they do not; the model is then untouched.
-    """
+    """Loads weights that must fit exactly; raises InputError if they do not, and the model is untouched."""
     weights = _named_as(model, weights, source)
     check_whole(model, weights, source)
     model.load_state_dict(weights)
