@@ -149,9 +149,9 @@ def test_processes_and_data_sets_share_one_file(folder: Path, context: str) -> N
     both: Any = torch.utils.data.ConcatDataset([one, other])
     expected = [*one.targets.tolist(), *other.targets.tolist()]
     assert np.array_equal(one[3][0], other[3][0])  # both open in this process when the others start
-    stay = context == 'spawn'  # which import everything, for seconds
-    loader: Any = DataLoader(both, batch_size=6, num_workers=2, collate_fn=_targets, multiprocessing_context=context,
-                             persistent_workers=stay)  # fmt: skip
+    workers = 1 if context == 'spawn' else 2  # a spawned one imports everything, for seconds
+    loader: Any = DataLoader(both, batch_size=6, num_workers=workers, collate_fn=_targets,
+                             multiprocessing_context=context, persistent_workers=workers == 1)  # fmt: skip
     for _ in range(2):
         assert [target for batch in loader for target in batch] == expected
         assert np.array_equal(one[3][0], other[3][0])
