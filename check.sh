@@ -6,6 +6,7 @@ cd "$root"
 find_python check
 # Test processes share the machine; more threads than cores slow each other down many times over.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCHINDUCTOR_COMPILE_THREADS=1 # what little is compiled is not worth a pool of processes that import torch
 
 echo '+ ruff'
 "$python" -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import timm
@@ -30,6 +31,15 @@ def constructor_arguments(model: nn.Module) -> set[str]:
     return {argument for constructor in constructors for argument in inspect.signature(constructor).parameters}
 
 
+@cache
+def _arguments_of(name: str) -> set[str]:
+    try:
+        with torch.device('meta'):  # which takes no memory
+            return constructor_arguments(timm.create_model(name))
+    except Exception:  # a constructor that looks at its tensors
+        return constructor_arguments(timm.create_model(name))
+
+
 def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
     """Lets only the arguments of a model's own constructor pass, and of plain types.
 
@@ -43,12 +53,7 @@ def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
     if name.startswith('dhvt_'):
         known |= {*ablations.OPTIONS, 'pos_embed'}
     if not kwargs.keys() <= known:
-        try:
-            with torch.device('meta'):  # which takes no memory
-                model = timm.create_model(name)
-        except Exception:  # a constructor that looks at its tensors
-            model = timm.create_model(name)
-        known |= constructor_arguments(model)
+        known |= _arguments_of(name)
     for key, value in kwargs.items():
         if key not in known:
             raise UsageError(f'{name} refuses its arguments: {key} is refused, its constructor has none of that name')

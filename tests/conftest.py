@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn import datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +29,12 @@ PLAIN = [
 @pytest.fixture(autouse=True, scope='session')
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def read_and_imported_once() -> None:
+    datasets.load_digits = cache(datasets.load_digits)
+    multiprocessing.set_forkserver_preload(['main'])
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from pipeline import transforms  # noqa: E402
 from samplers import Draw  # noqa: E402
-from tests.torture_resume import FLAGS, Case, differences, start, wait  # noqa: E402
+from tests.processes import free_port, wait  # noqa: E402
+from tests.torture_resume import FLAGS, Case, differences, start  # noqa: E402
 from tools import prepare_domainnet  # noqa: E402
 from training import checkpoint as ckpt  # noqa: E402
 from training.output import OutputFolder  # noqa: E402
@@ -449,16 +449,13 @@ def _children(parent: int) -> list[int]:
 
 
 def _torchrun(root: Path, agents: int, each: int) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    flags = [*FLAGS, '--amp', 'off', '--epochs', '12', '--batch-size', '64', '--num_workers', '0', '--output_dir']
+    flags = [*FLAGS, '--amp', 'off', '--epochs', '6', '--batch-size', '64', '--num_workers', '0', '--output_dir']
     command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', str(agents), '--nproc_per_node', str(each)]
     command += [
         '--rdzv_backend',
         'c10d',
         '--rdzv_endpoint',
-        f'localhost:{port}',
+        f'localhost:{free_port()}',
         '--rdzv_id',
         'x',
         '--max_restarts',
@@ -487,7 +484,7 @@ def restarted_group(root: Path, rng: random.Random, *, agents: int, each: int) -
     printed = ''.join((root / f'agent{agent}.txt').read_text() for agent in range(agents))
     assert codes == [0] * agents, printed[-3000:]
     assert 'Resumed from' in printed
-    case = Case(processes=2, epochs=12, batch=128)
+    case = Case(processes=2, epochs=6, batch=128)
     assert not differences(root / 'run', reference(case=case))
 
 

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,6 +22,7 @@ from main import main as train
 from models.ablations import create_model
 from models.dhvt import DHVT
 from tests.conftest import PLAIN, ROOT
+from tests.processes import fork, wait
 from tests.test_report import make_run
 from tools import ablate
 from tools.ablate import TABLES
@@ -387,23 +387,32 @@ def test_the_papers_marks_are_for_the_papers_data(tmp_path: Path, monkeypatch: p
     assert drawn == [[80.90, 80.72], []]
 
 
-def test_a_signal_reaches_the_run_once(tmp_path: Path) -> None:
+def test_a_signal_reaches_the_run_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C, which a terminal sends to the whole group: a checkpoint, exit code 130, and the same command goes on."""
-    command = [sys.executable, str(ROOT / 'tools' / 'ablate.py'), 'affines', '--seeds', '0', '--output', str(tmp_path)]
-    command += [*TINY_RUN, '--epochs', '2', '--checkpoint-every', '1', '--batch-size', '8']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                               start_new_session=True)  # fmt: skip
+    argv = ['affines', '--seeds', '0', '--output', str(tmp_path), *TINY_RUN]
+    argv += ['--epochs', '2', '--checkpoint-every', '1', '--batch-size', '8', '--train-fraction', '0.4']
+    errors = tmp_path / 'errors'
+
+    def ablate_in_a_session() -> None:
+        os.setsid()
+        ablate.main(argv)
+
+    with open(os.devnull, 'w') as null, errors.open('w') as file:
+        process = fork(ablate_in_a_session, null.fileno(), file.fileno())
     run_folder = tmp_path / '1-with-both-affines-dhvt-t' / 'seed0'
     end = time.monotonic() + 120
     while not (run_folder / 'checkpoint.pth').exists() and time.monotonic() < end:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err.count('\n') == 1, err
+    os.killpg(process, signal.SIGINT)
+    (code,), err = wait([process]), errors.read_text()
+    assert code == 130 and err.count('\n') == 1, err
     assert 'SIGINT in run 1 of 2: with both affines' in err and 'the same command goes on from there' in err
     assert 'SIGINT in epoch' in (run_folder / 'console.log').read_text()
     assert not (tmp_path / '2-without').exists()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(ablate.Child, 'run', run_inside)
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
     assert 'Resumed from' in (run_folder / 'console.log').read_text()
-    assert len((run_folder / 'log.txt').read_text().splitlines()) == 2 and '2-without' in done.stdout
+    assert len((run_folder / 'log.txt').read_text().splitlines()) == 2 and '2-without' in out

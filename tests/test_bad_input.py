@@ -151,7 +151,7 @@ def test_any_flags(argv: list[str]) -> None:
 
     def prepare() -> None:
         plain = [flag for flag in PLAIN if flag != '--no-aug' or '--no-aug' in argv]
-        args = parse_args([*SMALL_MODEL, *plain, '--data-set', 'DIGITS', *argv])
+        args = parse_args([*SMALL_MODEL, *plain, '--data-set', 'DIGITS', '--train-fraction', '0.2', *argv])
         if args.input_size > 64 or args.data_set in ('CIFAR', 'CIFAR10'):
             return  # too slow, and a download
         if args.resume or args.finetune:

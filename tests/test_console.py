@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from main import main
 from tests.conftest import PLAIN, ROOT
+from tests.processes import fork, wait
 
 FLAGS = [*PLAIN, '--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=16', 'depth=1', 'num_heads=2',
-         '--data-set', 'DIGITS', '--epochs', '2', '--batch-size', '64']  # fmt: skip
+         '--data-set', 'DIGITS', '--epochs', '2', '--batch-size', '64',
+         '--train-fraction', '0.3']  # fmt: skip
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
-def command(out: Path, *more: str) -> str:
-    return shlex.join([sys.executable, str(ROOT / 'main.py'), *FLAGS, *more, '--output_dir', str(out)])
+def command(out: Path) -> str:
+    return shlex.join([sys.executable, str(ROOT / 'main.py'), *FLAGS, '--output_dir', str(out)])
 
 
 @pytest.mark.parametrize(
@@ -49,20 +52,23 @@ def test_a_run_outlives_its_console(shell: str, warned: bool, tmp_path: Path) ->
 @pytest.mark.parametrize('nohup', [False, True])
 def test_a_terminal_that_hangs_up(nohup: bool, tmp_path: Path) -> None:
     """SIGHUP stops a run as SIGTERM does, with a checkpoint; under nohup it is ignored."""
-    argv = shlex.split(command(tmp_path / 'out', '--epochs', '40'))
-    with (tmp_path / 'seen').open('w') as seen, subprocess.Popen(
-        ['nohup'] * nohup + argv, stdin=subprocess.DEVNULL, stdout=seen, stderr=seen, env=ENV,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may be under nohup themselves
-    ) as process:  # fmt: skip
-        end = time.monotonic() + 60
-        while not (tmp_path / 'out' / 'checkpoint.pth').exists() and time.monotonic() < end:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGHUP)
-        if nohup:
-            time.sleep(0.5)
-            assert process.poll() is None
-            process.send_signal(signal.SIGTERM)
-        code = process.wait(60)
+    handler = signal.SIG_IGN if nohup else signal.SIG_DFL
+
+    def train() -> None:
+        signal.signal(signal.SIGHUP, handler)  # as nohup does
+        main([*FLAGS, '--epochs', '40', '--output_dir', str(tmp_path / 'out')])
+
+    with (tmp_path / 'seen').open('w') as seen:
+        process = fork(train, seen.fileno(), seen.fileno())
+    end = time.monotonic() + 60
+    while not (tmp_path / 'out' / 'checkpoint.pth').exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    os.kill(process, signal.SIGHUP)
+    if nohup:
+        time.sleep(0.5)
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        os.kill(process, signal.SIGTERM)
+    (code,) = wait([process])
     text = (tmp_path / 'seen').read_text()
     assert code == (128 + (signal.SIGTERM if nohup else signal.SIGHUP)), text
     assert 'a checkpoint is written' in text and 'Traceback' not in text

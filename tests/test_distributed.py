@@ -1,12 +1,9 @@
-"""Several processes on this machine, started by torchrun and by hand, over gloo."""
+"""Several processes on this machine over gloo, started as by torchrun and by hand; test_scripts.py has torchrun."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,25 +11,20 @@ import timm
 import torch
 
 import models  # noqa: F401
-from tests.conftest import PLAIN, ROOT, SMALL_MODEL
+from main import main
+from tests.conftest import PLAIN, SMALL_MODEL
+from tests.processes import free_port, group, run
 from training import checkpoint as ckpt
 
 DIGITS = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS']
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-
-
-def torchrun(processes: int, argv: list[str]) -> str:
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
-    if processes == 1:
-        command = [sys.executable]
-    done = subprocess.run(
-        [*command, str(ROOT / 'main.py'), *argv], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def trained_by(processes: int, argv: list[str]) -> str:
+    """What main.py prints in so many processes, which get torchrun's variables."""
+    env = group(processes) if processes > 1 else None
+    done = run(*[partial(main, [*argv, '--device', 'cpu'])] * processes, env=env)
+    assert [process.returncode for process in done] == [0] * processes, [process.stderr[-3000:] for process in done]
+    return ''.join(process.stdout for process in done)
 
 
 def accuracy_lines(text: str) -> list[str]:
@@ -52,7 +44,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path, opt: str, lr:
         common += ['--opt-eps', '1e-6']
     for processes in (1, 2):
         out = str(tmp_path / str(processes))
-        torchrun(processes, [*common, '--batch-size', str(64 // processes), '--output_dir', out])
+        trained_by(processes, [*common, '--batch-size', str(64 // processes), '--output_dir', out])
     one, two = (ckpt.load(str(tmp_path / name / 'checkpoint.pth'))['model'] for name in ('1', '2'))
     torch.manual_seed(0)
     start = timm.create_model(SMALL_MODEL[1], num_classes=10, img_size=16, embed_dim=32, depth=2, num_heads=2)
@@ -73,18 +65,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp('trained')
     argv = [flag for flag in DIGITS if flag not in ('--no-repeated-aug', '--no-model-ema')]
     extra = ['--epochs', '3', '--batch-size', '32', '--lr', '0.03', '--model-ema-decay', '0.99', '--dist-eval']
-    torchrun(2, [*argv, *extra, '--output_dir', str(out)])
+    trained_by(2, [*argv, *extra, '--output_dir', str(out)])
     return out
 
 
 def test_evaluation_repeats_what_two_processes_logged(trained: Path) -> None:
     """Each process has its own BatchNorm statistics; all must evaluate the ones that are saved."""
     last = json.loads((trained / 'log.txt').read_text().splitlines()[-1])
-    text = torchrun(1, ['--eval', '--resume', str(trained / 'checkpoint.pth'), '--num_workers', '0'])
+    text = trained_by(1, ['--eval', '--resume', str(trained / 'checkpoint.pth'), '--num_workers', '0'])
     assert f'acc@1 {last["test_acc1"]:.4f}' in text
     state = ckpt.load(str(trained / 'checkpoint.pth'))
     ckpt.save(trained / 'ema.pth', {**state, 'model': state['model_ema']})
-    text = torchrun(1, ['--eval', '--resume', str(trained / 'ema.pth'), '--num_workers', '0'])
+    text = trained_by(1, ['--eval', '--resume', str(trained / 'ema.pth'), '--num_workers', '0'])
     assert f'acc@1 {last["ema_test_acc1"]:.4f}' in text
 
 
@@ -104,7 +96,7 @@ def write_digits(root: Path, images: int) -> None:
 def test_shared_evaluation_is_exact(trained: Path, tmp_path: Path, images: int) -> None:
     write_digits(tmp_path, images)
     argv = ['--eval', '--resume', str(trained / 'checkpoint.pth'), '--data-set', 'FOLDER', '--data-path', str(tmp_path)]
-    one, three = (torchrun(n, [*argv, '--num_workers', '0', '--dist-eval']) for n in (1, 3))
+    one, three = (trained_by(n, [*argv, '--num_workers', '0', '--dist-eval']) for n in (1, 3))
     assert f'on the {images} test images' in three
     assert [line.rpartition('loss')[0] for line in accuracy_lines(one)] == [
         line.rpartition('loss')[0] for line in accuracy_lines(three)
@@ -112,25 +104,15 @@ def test_shared_evaluation_is_exact(trained: Path, tmp_path: Path, images: int) 
 
 
 def test_processes_started_by_hand() -> None:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        url = f'tcp://127.0.0.1:{free.getsockname()[1]}'
+    url = f'tcp://127.0.0.1:{free_port()}'
     argv = [*DIGITS, '--epochs', '1', '--batch-size', '64', '--world_size', '2', '--dist_url', url, '--local_rank']
-    command = [sys.executable, str(ROOT / 'main.py'), *argv]
-    group = [
-        subprocess.Popen([*command, str(rank)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in group]
-    assert [process.returncode for process in group] == [0, 0], outputs
-    assert b'2 processes on cpu' in outputs[0][0] and not outputs[1][0], 'only the main process prints'
+    done = run(*(partial(main, [*argv, str(rank)]) for rank in range(2)))
+    assert [process.returncode for process in done] == [0, 0], done
+    assert '2 processes on cpu' in done[0].stdout and not done[1].stdout, 'only the main process prints'
 
 
 def test_missing_rendezvous_is_one_line() -> None:
-    environ = {**environment(), 'RANK': '0', 'WORLD_SIZE': '2'}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'main.py'), *DIGITS], env=environ, capture_output=True, text=True, timeout=120
-    )
+    (done,) = run(partial(main, DIGITS), env=[{'RANK': '0', 'WORLD_SIZE': '2'}])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith('main.py: error: cannot join the process group at env://')
     assert 'Traceback' not in done.stderr

@@ -33,7 +33,9 @@ def test_evaluation_counts_each_image_once(images: int, batch: int, processes: i
     assert found == evaluated(tmp_path, path, images=images, batch=7, processes=1)
 
 
-@pytest.mark.parametrize('case', [Case(workers=2, amp='bf16', augment='pil'), Case(processes=2)], ids=str)
+@pytest.mark.parametrize(
+    'case', [Case(workers=2, amp='bf16', augment='pil', batch=128), Case(processes=2, batch=128)], ids=str
+)
 def test_killed_runs_end_as_others_do(case: Case, tmp_path: Path) -> None:
     assert 'all equal to the bit' in torture(case, tmp_path, kills=2, rng=random.Random(0))
 

@@ -6,11 +6,10 @@ import io
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from torch.utils.data import DataLoader
 from datasets import DataSource, build_datasets
 from main import main
 from pipeline.images import BadImageError, decode, image_extensions, pack_names
-from tests.conftest import PLAIN, ROOT, SMALL_MODEL
-from tests.test_distributed import torchrun
+from tests.conftest import PLAIN, SMALL_MODEL
+from tests.processes import run
+from tests.test_distributed import trained_by
 from utils import InputError
 
 MakeFolder = Callable[..., Path]
@@ -262,7 +262,7 @@ def test_bad_image_is_replaced_by_the_next_good_one(make_folder: MakeFolder, cap
     good, good_target = train[position + 2]
     assert np.array_equal(image, good) and target == good_target
     for _ in range(2):
-        for context in ('fork', 'spawn'):
+        for context in ('fork', 'forkserver'):
             loader: Any = DataLoader(train, num_workers=2, collate_fn=len, multiprocessing_context=context)
             assert sum(loader) == 220
         train.log_bad_images()
@@ -284,7 +284,7 @@ def test_two_processes_log_each_bad_image_once(make_folder: MakeFolder) -> None:
     break_image(root, 'train/b/7.jpg')
     break_image(root, 'val/a/9.jpg')
     flags = [*SMALL_MODEL, *PLAIN, '--data-set', 'FOLDER', '--data-path', str(root), '--epochs', '3', '--dist-eval']
-    text = torchrun(2, [*flags, '--batch-size', '16', '--on-bad-image', 'skip', '--amp', 'off'])
+    text = trained_by(2, [*flags, '--batch-size', '16', '--on-bad-image', 'skip', '--amp', 'off'])
     assert text.count('Bad image, replaced') == 1 and text.count('Bad image, left out') == 1
     assert text.count('on the 159 test images') == 3
 
@@ -304,8 +304,7 @@ def test_training_skips_a_bad_image_and_evaluation_leaves_it_out(
         assert out.count('Bad image, left out') == 1 and str(bad) in out
         assert 'on the 119 test images' in out
     for workers in ('0', '2'):
-        command = [sys.executable, str(ROOT / 'main.py'), *flags, '--num_workers', workers]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        (done,) = run(partial(main, [*flags, '--num_workers', workers]))
         assert done.returncode == 1
         assert done.stderr.count('\n') == 1 and 'train/b/7.jpg cannot be read as an image' in done.stderr
 

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lmdb
 import numpy as np
@@ -32,7 +32,8 @@ from main import main
 from pipeline.images import BadImageError
 from pipeline.lmdb_dataset import FORMAT, VERSION, ImageFolderLMDB, _stores
 from pipeline.transforms import build_transform
-from tests.conftest import PLAIN, ROOT, SMALL_MODEL, make_lists
+from tests.conftest import PLAIN, SMALL_MODEL, make_lists
+from tests.processes import fork, run, wait
 from tests.test_layouts import PAINTING, make_inaturalist
 from utils import InputError
 
@@ -148,7 +149,9 @@ def test_processes_and_data_sets_share_one_file(folder: Path, context: str) -> N
     both: Any = torch.utils.data.ConcatDataset([one, other])
     expected = [*one.targets.tolist(), *other.targets.tolist()]
     assert np.array_equal(one[3][0], other[3][0])  # both open in this process when the others start
-    loader: Any = DataLoader(both, batch_size=6, num_workers=2, collate_fn=_targets, multiprocessing_context=context)
+    workers = 1 if context == 'spawn' else 2  # a spawned one imports everything, for seconds
+    loader: Any = DataLoader(both, batch_size=6, num_workers=workers, collate_fn=_targets,
+                             multiprocessing_context=context, persistent_workers=workers == 1)  # fmt: skip
     for _ in range(2):
         assert [target for batch in loader for target in batch] == expected
         assert np.array_equal(one[3][0], other[3][0])
@@ -351,23 +354,18 @@ def test_offsets_and_lengths_that_lie(folder: Path) -> None:
         changed[position : position + 4] = b'\xff\xff\xff\x7f'
         (folder / f'{number}.lmdb').write_bytes(path.read_bytes())
         write_index(folder / f'{number}.lmdb', bytes(changed))
-    program = """
-import sys
-from pipeline.lmdb_dataset import ImageFolderLMDB
-from utils import InputError
-names, *paths = sys.argv[1:]
-for path in paths:
-    try:
-        dataset = ImageFolderLMDB(path)
-        assert all(dataset.name(i) in names for i in range(len(dataset))), path
-        print('right')
-    except InputError as err:
-        print(err)
-"""
-    paths = [str(folder / f'{name + 1}.lmdb') for name in range(number)]
     names = b''.join(table['path'].to_pylist()).decode()
-    command = [sys.executable, '-c', program, names, *paths]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    def read() -> None:
+        for name in range(number):
+            try:
+                dataset = ImageFolderLMDB(folder / f'{name + 1}.lmdb')
+                assert all(dataset.name(i) in names for i in range(len(dataset))), name + 1
+                print('right')
+            except InputError as err:
+                print(err)
+
+    (done,) = run(read)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == number > 100 and lines.count('right') < number / 2
@@ -465,20 +463,16 @@ def test_truncated_files_are_refused(folder: Path) -> None:
     for size in sizes:
         (folder / f'{size}.lmdb').write_bytes(whole[:size])
     (folder / 'text.lmdb').write_text('no database at all' * 1000)
-    program = """
-import sys
-from pipeline.lmdb_dataset import ImageFolderLMDB
-from utils import InputError
-for path in sys.argv[1:]:
-    try:
-        list(ImageFolderLMDB(path))
-    except InputError as err:
-        print(err)
-"""
     paths = [str(folder / f'{name}.lmdb') for name in [*sizes, 'text', 'absent']]
-    done = subprocess.run(
-        [sys.executable, '-c', program, *paths], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+
+    def read() -> None:
+        for path in paths:
+            try:
+                list(ImageFolderLMDB(path))  # type: ignore[call-overload]
+            except InputError as err:
+                print(err)
+
+    (done,) = run(read)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(paths) and all(path in line for path, line in zip(paths, lines, strict=True))
@@ -536,32 +530,31 @@ def test_a_full_disk_leaves_nothing(make_folder: MakeFolder) -> None:
     """A limit on file sizes stands in for the disk: the same call fails with another error number."""
     root = make_folder({'train': ['a'], 'val': ['a']}, images=60, size=64)
 
-    def limit() -> None:
+    def build_with_limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40960, 40960))
+        folder2lmdb.main(['--dir', str(root), '--num_workers', '0'])
 
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'folder2lmdb.py'), '--dir', str(root), '--num_workers', '0'],
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    (done,) = run(build_with_limit)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert 'cannot write' in last and 'the unfinished file is removed' in last and 'Traceback' not in done.stderr
     assert sorted(path.name for path in root.iterdir()) == ['train', 'val']
 
 
-def start(root: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / 'folder2lmdb.py'), '--dir', str(root), '--num_workers', '1', *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(root: Path, *flags: str) -> tuple[int, TextIO]:
+    """Begins a build in another process; returns its number, and a pipe from its standard error."""
+    reader, writer = os.pipe()
+    with open(writer, 'w') as err, open(os.devnull, 'w') as out:
+        argv = ['--dir', str(root), '--num_workers', '1', *flags]
+        return fork(lambda: folder2lmdb.main(argv), out.fileno(), err.fileno()), open(reader)
 
 
 PARTIAL = '.train.lmdb.*.dhvt-partial'  # what the writer calls a file that is not whole
 
 
-def wait_for_partial(root: Path, process: subprocess.Popen) -> None:
-    while not list(root.glob(PARTIAL)) and process.poll() is None:
+def wait_for_partial(root: Path) -> None:
+    end = time.monotonic() + 60
+    while not list(root.glob(PARTIAL)) and time.monotonic() < end:
         time.sleep(0.002)
 
 
@@ -573,11 +566,13 @@ def test_killed_builds_leave_nothing_that_opens(tmp_path: Path) -> None:
         os.link(tmp_path / 'val' / 'a' / 'source.jpg', tmp_path / 'train' / 'a' / f'{number:05}.jpg')
     rng = random.Random(0)
     for _ in range(3):
-        process = start(tmp_path)
-        wait_for_partial(tmp_path, process)
+        process, errors = start(tmp_path)
+        wait_for_partial(tmp_path)
         time.sleep(rng.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)  # until the reader has ended too, which shares the pipe
+        os.kill(process, signal.SIGKILL)
+        with errors:
+            errors.read()  # until the reader has ended too, which shares the pipe
+        assert wait([process]) in ([-signal.SIGKILL], [0])
         for name in ('train.lmdb', 'val.lmdb'):
             if (tmp_path / name).exists():
                 assert 'every image decodes' in check_lmdb(tmp_path / name, workers=0)
@@ -585,11 +580,12 @@ def test_killed_builds_leave_nothing_that_opens(tmp_path: Path) -> None:
     assert len(ImageFolderLMDB(tmp_path / 'train.lmdb')) == 20000
     assert not list(tmp_path.glob('.*'))
 
-    process = start(tmp_path, '--overwrite')
-    wait_for_partial(tmp_path, process)  # Ctrl-C as early as can be, while processes start
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1].splitlines()[-1] == 'folder2lmdb.py: error: interrupted'
-    assert process.returncode == 130 and not list(tmp_path.glob('.*'))
+    process, errors = start(tmp_path, '--overwrite')
+    wait_for_partial(tmp_path)  # Ctrl-C as early as can be, while processes start
+    os.kill(process, signal.SIGINT)
+    with errors:
+        assert errors.read().splitlines()[-1] == 'folder2lmdb.py: error: interrupted'
+    assert wait([process]) == [130] and not list(tmp_path.glob('.*'))
     assert len(ImageFolderLMDB(tmp_path / 'train.lmdb')) == 20000
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from config.arguments import parse_args
 from engine import EpochSums, NonFiniteError, TrainSettings, train_one_epoch
 from main import main
 from tests.conftest import PLAIN, SMALL_MODEL
+from tests.processes import run
 from training import checkpoint as ckpt
 from training import signals as interrupts
 from training.output import BackgroundWriter, OutputFolder
@@ -215,19 +217,11 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, capsys: pytes
 
 
 def test_two_runs_do_not_share_a_folder(finished: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-from training.output import OutputFolder
-OutputFolder({str(tmp_path)!r})
-"""
     output = OutputFolder(str(tmp_path))
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    (done,) = run(partial(OutputFolder, str(tmp_path)))
     assert f'another process writes to {tmp_path}' in done.stderr
     output.close()
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+    assert run(partial(OutputFolder, str(tmp_path)))[0].returncode == 0
 
 
 def test_safetensors(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

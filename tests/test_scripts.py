@@ -17,15 +17,28 @@ import pytest
 import torch
 
 from config.arguments import parse_args
+from main import main
 from tests.conftest import ROOT
 from tools import check_env
 from training import checkpoint as ckpt
 
 
+@pytest.fixture(autouse=True)
+def whole_python(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python that lacks nothing and says so at once: tools/check_env.py imports torchvision, for four seconds."""
+    python = tmp_path_factory.mktemp('python') / 'python'
+    python.write_text(f"""#!/bin/sh
+case $1 in *check_env.py) exit ;; esac
+exec '{sys.executable}' "$@"
+""")
+    python.chmod(0o755)
+    monkeypatch.setenv('PYTHON', str(python))
+
+
 def script(name: str, *argv: str, expect: int = 0, cwd: Path = ROOT, **env: str) -> str:
     done = subprocess.run(
         ['bash', str(ROOT / name), *argv],
-        env={**os.environ, 'DRY_RUN': '1', 'PYTHON': sys.executable, 'NPROC': '1', **env},
+        env={**os.environ, 'DRY_RUN': '1', 'NPROC': '1', **env},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -114,17 +127,22 @@ def test_deit_and_evit_recipes(tmp_path: Path) -> None:
     assert flags['model'] == 'deit_small_patch16_224'
 
 
-def test_deit_and_evit_recipes_run(tmp_path: Path) -> None:
+def test_deit_and_evit_recipes_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On digits, which are real and small: a DeiT, then an EViT from its weights, then one from scratch."""
     small = ['--data-set', 'DIGITS', '--input-size', '16', '--batch-size', '128', '--epochs', '1', '--num_workers', '0']
     small += ['--model-kwargs', 'embed_dim=48', 'depth=4', 'num_heads=3', 'patch_size=4', '--device', 'cpu']
+    small += ['--train-fraction', '0.3', '--no-report']
     blocks = ['--drop_loc', '1', '2', '--shrink_start_epoch', '0']
 
     def run(name: str, *argv: str) -> str:
+        """What the command prints that the script makes."""
         out = str(tmp_path / f'{len(list(tmp_path.iterdir()))}')
-        return script(name, *argv, *small, DRY_RUN='', OUTPUT=out, OMP_NUM_THREADS='1')
+        line = script(name, *argv, *small, OUTPUT=out).splitlines()[-1]
+        main(shlex.split(line.partition('main.py ')[2]))
+        return capsys.readouterr().out
 
-    assert 'Training time' in run('run_code.sh', 'deit')
+    text = script('run_code.sh', 'deit', *small, DRY_RUN='', OUTPUT=str(tmp_path / '0'), OMP_NUM_THREADS='1')
+    assert 'Training time' in text
     text = run('finetune.sh', str(tmp_path / '0' / 'checkpoint.pth'), 'evit', *blocks)
     assert 'Training time' in text and 'missing' not in text and 'dropped' not in text
     assert 'Training time' in run('run_code.sh', 'evit', *blocks)
@@ -141,7 +159,8 @@ def test_the_printed_command_can_be_pasted(tmp_path: Path) -> None:
     """Arguments are quoted, and no flag is there twice, whatever its spelling."""
     further = ['--epochs=3', '--warmup_epochs', '0', '--model-ema', '--model-kwargs', "x='a b'", '--no_repeated_aug']
     further += ['-c', 'my flags.yaml', '--num_workers', '2', '--lr', '-1']
-    line = script('run_code.sh', 'digits', *further, OUTPUT='my out', DATA="it's").splitlines()[-1]
+    env = {'PYTHON': sys.executable, 'OUTPUT': 'my out', 'DATA': "it's"}
+    line = script('run_code.sh', 'digits', *further, **env).splitlines()[-1]
     for expected in (further, ['--output_dir', 'my out'], ['--data-path', "it's"], ['--aa', 'none']):
         assert f'\n{chr(10).join(expected)}\n' in f'\n{chr(10).join(shlex.split(line))}\n'
     names = [word.partition('=')[0].replace('_', '-') for word in shlex.split(line) if re.match('-[^0-9]', word)]
@@ -156,7 +175,7 @@ def test_a_hang_up_does_not_end_a_group_under_nohup(tmp_path: Path) -> None:
     argv = ['run_code.sh', 'digits', '--epochs', '2', '--device', 'cpu', '--no-report', '--train-fraction', '0.2']
     argv += ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2']
     assert '--signals-to-handle' not in script(*argv, NPROC='2')
-    env = {**os.environ, 'PYTHON': sys.executable, 'NPROC': '2', 'OUTPUT': str(tmp_path / 'out'), 'DRY_RUN': ''}
+    env = {**os.environ, 'NPROC': '2', 'OUTPUT': str(tmp_path / 'out'), 'DRY_RUN': ''}
     log = tmp_path / 'log'
     with log.open('w') as file:
         run = subprocess.Popen(
@@ -226,6 +245,7 @@ wait $first && wait $second
 """)
     srun.chmod(0o755)
     small = ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '--epochs', '1', '--device', 'cpu']
+    small += ['--train-fraction', '0.2', '--no-report']
     job = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS_PER_NODE': '2', 'NPROC': '', 'DRY_RUN': '', 'OMP_NUM_THREADS': '1'}
     out = str(tmp_path / 'out')
     text = script('slurm.sh', 'digits', *small, PATH=f'{tmp_path}:{os.environ["PATH"]}', OUTPUT=out, **job)

@@ -16,7 +16,7 @@ import folder2lmdb
 from datasets import DataSource, HoldOut, Splits, build_datasets
 from main import main
 from tests.conftest import PLAIN, SMALL_MODEL
-from tests.test_distributed import torchrun
+from tests.test_distributed import trained_by
 from training import checkpoint as ckpt
 from training import run as training
 from utils import InputError
@@ -175,7 +175,7 @@ def test_another_split_is_another_run(finished: Path, changed: list[str], capsys
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     out = tmp_path / 'out'
-    torchrun(2, [*DIGITS, *HELD_OUT, '--epochs', '1', '--dist-eval', '--output_dir', str(out)])
+    trained_by(2, [*DIGITS, *HELD_OUT, '--epochs', '1', '--dist-eval', '--output_dir', str(out)])
     result = json.loads((out / 'test.json').read_text())
     stats = main(['--eval', '--resume', str(out), '--device', 'cpu', '--amp', 'off', '--num_workers', '0'])
     assert result['images'] == 360 and result['acc1'] == stats['test_acc1']

@@ -153,6 +153,7 @@ def test_compiled_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     the same end as without."""
     flags = ['--epochs', '2', '--batch-size', '256', '--opt', 'sgd', '--lr', '0.1', '--drop-path', '0', '--amp', 'off']
     flags = [*DIGITS, '--input-size', '16', '--model-ema-decay', '0.9', '--warmup-epochs', '0', *flags]
+    flags += ['--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2']
     before = num_compiled_graphs()
     main([*flags, '--compile', 'default', '--output_dir', str(tmp_path / 'compiled')])
     assert num_compiled_graphs() > before and 'further graphs' not in capsys.readouterr().out

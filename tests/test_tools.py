@@ -66,7 +66,9 @@ def test_evit_mask(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert stop.value.code == code and err.count('\n') == 1 and message in err, err
 
 
-def test_benchmark_of_data(make_folder, capsys: pytest.CaptureFixture) -> None:  # type: ignore[no-untyped-def]
+def test_benchmark_of_data(  # type: ignore[no-untyped-def]
+    make_folder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=8)
     benchmark_data.main(['speed', str(root), '--rounds', '1', '--workers', '1'])
     rows = [line for line in capsys.readouterr().out.splitlines() if '| 1 |' in line]
@@ -75,5 +77,6 @@ def test_benchmark_of_data(make_folder, capsys: pytest.CaptureFixture) -> None: 
     with pytest.raises(SystemExit) as stop:
         benchmark_data.main(['speed'])
     assert stop.value.code == 2
+    monkeypatch.setattr(benchmark_data, 'READS', 2000)
     benchmark_data.main(['memory', '--images', '2000'])
     assert capsys.readouterr().out.count('| 2,000 |') == 12  # the small data set and the large one are the same here

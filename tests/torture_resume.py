@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing.process
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +29,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from main import main  # noqa: E402
+from tests.processes import fork, group, wait  # noqa: E402
 from training import checkpoint as ckpt  # noqa: E402
 
 FLAGS = [
@@ -61,12 +58,6 @@ class Case:
         return f'{self.processes} {words}, --amp {self.amp}, augmentation {how}'
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return int(free.getsockname()[1])
-
-
 def start(case: Case, folder: Path, *more: str, first: Callable[[], object] = int) -> list[int]:
     """Forks the processes of a training; returns their numbers. What they print goes to `<folder>.<process>.txt`.
 
@@ -86,44 +77,12 @@ def start(case: Case, folder: Path, *more: str, first: Callable[[], object] = in
         str(case.batch // case.processes),
         *more,
     ]
-    port = free_port()
-    sys.stdout.flush()
+    variables = group(case.processes) if case.processes > 1 else [{}]
     children = []
-    for rank in range(case.processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                with open(folder.with_suffix(f'.{rank}.txt'), 'a') as file:
-                    os.dup2(file.fileno(), 1)
-                    os.dup2(file.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
-                torch.set_num_threads(1)
-                multiprocessing.process._children.clear()  # type: ignore[attr-defined]  # the parent's
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-                first()
-                if case.processes > 1:
-                    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(case.processes), 'LOCAL_RANK': str(rank)}
-                    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-                main(flags)
-                code = 0
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else 1
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                with suppress(OSError):  # of a full disk: nothing else of this program may run here
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
+    for rank, env in enumerate(variables):
+        with open(folder.with_suffix(f'.{rank}.txt'), 'a') as file:
+            children.append(fork(lambda: (first(), main(flags)), file.fileno(), file.fileno(), env))
     return children
-
-
-def wait(children: list[int]) -> list[int]:
-    """The exit codes; minus the number of a signal for those that it killed."""
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def same(one: Any, other: Any) -> bool:

@@ -44,6 +44,7 @@ from utils import InputError, UsageError, one_line
 
 CONTEXT = multiprocessing.get_context('fork')
 KINDS = ('ImageFolder', 'files', 'LMDB')
+READS = 200_000  # of loader processes, until their memory is measured
 
 
 def get_args_parser() -> FlagParser:
@@ -193,9 +194,9 @@ def _count(samples: list[Any]) -> int:
 
 
 def read_at_random(make: Callable[[], Any]) -> list[tuple[float, float, float]]:
-    """What each of two loader processes holds after 200,000 random reads."""
+    """What each of two loader processes holds after many random reads."""
     dataset = make()
-    order = np.random.default_rng(0).integers(0, len(dataset), 200000).tolist()
+    order = np.random.default_rng(0).integers(0, len(dataset), READS).tolist()
     loader: Any = DataLoader(
         dataset, batch_size=64, sampler=order, num_workers=2, collate_fn=_count, persistent_workers=True
     )
