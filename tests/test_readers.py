@@ -120,6 +120,7 @@ def test_a_run_goes_on_and_is_evaluated(
     original = main.evaluate
 
     def stopped(**given: Any) -> dict[str, float]:
+        monkeypatch.setattr(main, 'evaluate', original)  # a second signal would end the process
         signal.raise_signal(signal.SIGTERM)
         return original(**given)
 
@@ -128,7 +129,6 @@ def test_a_run_goes_on_and_is_evaluated(
     with pytest.raises(SystemExit) as caught:
         main.main(argv)
     assert caught.value.code == 143
-    monkeypatch.setattr(main, 'evaluate', original)
     main.main(argv)
     one, two = (torch.load(tmp_path / run / 'checkpoint.pth', weights_only=True) for run in ('whole', 'stopped'))
     assert all(torch.equal(two['model'][key], value) for key, value in one['model'].items())
