@@ -195,8 +195,8 @@ class DataSource:
 class Splits(NamedTuple):
     """What `build_datasets` gives. `train` is None where only evaluation was asked for; `notes` are for the user.
 
-    `val` chooses the best checkpoint: the test images, as published, or images that are held out of training; then
-    `test` are the test images.
+    `val` chooses the best checkpoint: the test images, as published, or images that are held out of training, or those
+    of valid/ where test/ stands beside it; then `test` are the test images.
     """
 
     train: ImageDataset | None
@@ -262,24 +262,33 @@ def _open_lmdb(source: DataSource, split: str, on_bad_image: str) -> ImageFolder
 
 def _open_splits(
     source: DataSource, *, train: bool, skip_bad_images: bool
-) -> tuple[ImageDataset | None, ImageDataset, list[str]]:
-    """The splits as they lie there, and notes."""
+) -> tuple[ImageDataset | None, ImageDataset, ImageDataset | None, list[str]]:
+    """The splits as they lie there, train, val and test, and notes."""
     in_train, in_val = ('next', 'leave out') if skip_bad_images else ('stop', 'stop')
     if source.use_lmdb:
         val_records = _open_lmdb(source, 'val', in_val)
         train_records = _open_lmdb(source, 'train', in_train) if train else None
-        if train_records is not None and train_records.classes != val_records.classes:
-            folder = train_records.file.parent
-            raise InputError(f'{folder}: train.lmdb and val.lmdb have different classes: build them together')
-        opened = [records for records in (train_records, val_records) if records is not None]
+        has_test = val_records.file.with_name('test.lmdb').exists()
+        test_records = _open_lmdb(source, 'test', in_val) if has_test else None
+        opened = [records for records in (train_records, val_records, test_records) if records is not None]
+        for records in opened:
+            if records.classes != val_records.classes:
+                folder, name = records.file.parent, records.file.name
+                raise InputError(f'{folder}: {name} and val.lmdb have different classes: build them together')
+        if test_records is not None and not train:
+            val_records, test_records = test_records, None
+            opened = [val_records]
         notes = [note for r in opened for note in note_lacking(r.file, r.targets.tolist(), r.classes)]
-        return train_records, val_records, notes
+        return train_records, val_records, test_records, notes
     if source.kind in ('digits', 'cifar'):
         load = load_digits if source.kind == 'digits' else partial(_load_cifar, source.name, Path(source.path))
-        return load(train=True) if train else None, load(train=False), []
+        return load(train=True) if train else None, load(train=False), None, []
     layout = _find_layout(source, train=train)
-    train_files = FileDataset(layout.train, layout.classes, on_bad_image=in_train) if layout.train else None
-    return train_files, FileDataset(layout.val, layout.classes, on_bad_image=in_val), layout.notes
+    train_files, test_files = (
+        FileDataset(split, layout.classes, on_bad_image=on_bad) if split else None
+        for split, on_bad in ((layout.train, in_train), (layout.test, in_val))
+    )
+    return train_files, FileDataset(layout.val, layout.classes, on_bad_image=in_val), test_files, layout.notes
 
 
 def _use_known_classes(source: DataSource, datasets: Sequence[ImageDataset], known: Sequence[str]) -> list[str]:
@@ -321,17 +330,22 @@ def build_datasets(
         InputError: if the data is missing or has more classes than the head.
     """
     info = DATA_SETS[source.name]
-    train_split, val_split, notes = _open_splits(source, train=train, skip_bad_images=skip_bad_images)
+    train_split, val_split, test_split, notes = _open_splits(source, train=train, skip_bad_images=skip_bad_images)
     if info.images is not None:
         for split, dataset, published in zip(('train', 'val'), (train_split, val_split), info.images, strict=True):
             if dataset is not None and len(dataset) != published:
                 notes.append(f'{source}: {len(dataset)} {split} images, {source.name} is published with {published}')
-    test_split = None
     if hold_out is not None and train_split is not None:
         kept, held = hold_out.split(train_split.targets)
         if not len(kept) or not len(held):
             raise InputError(f'{source}: {len(train_split)} training images are too few to hold some of them out')
-        test_split, val_split = val_split, train_split.part(held, on_bad_image=val_split.on_bad_image)
+        if test_split is None:
+            test_split = val_split
+        else:
+            notes.append(
+                f'{source}: the {len(val_split)} images that would validate are not used, as others are held out'
+            )
+        val_split = train_split.part(held, on_bad_image=val_split.on_bad_image)
         train_split.select(kept)
         notes.append(f'{len(held)} of {len(kept) + len(held)} training images are held out and choose the best '
                      f'checkpoint; the {len(test_split)} test images are evaluated by it, at the end')  # fmt: skip

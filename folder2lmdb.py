@@ -254,7 +254,8 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
 
 
 def get_args_parser() -> FlagParser:
-    parser = FlagParser('folder2lmdb.py', description='Write train.lmdb and val.lmdb, for main.py --use-lmdb.')
+    parser = FlagParser('folder2lmdb.py', description='Write train.lmdb and val.lmdb, for main.py --use-lmdb; and '
+                        'test.lmdb, where test/ stands beside the folder that validates.')  # fmt: skip
     parser.add_argument('--dir', type=os.path.abspath, help="the data set's folder, as main.py's --data-path")
     parser.add_argument('--out', type=os.path.abspath, help='folder of the LMDB files; --dir by default')
     parser.add_argument('--max-size', type=FROM_ONE, metavar='PIXELS', help='make larger images smaller, to so many '
@@ -267,7 +268,7 @@ def get_args_parser() -> FlagParser:
 
 
 def build(splits: Splits, folder: Path, *, overwrite: bool, workers: int, **described: Any) -> None:
-    """Writes both splits; a file that has a split's images already is kept.
+    """Writes the splits; a file that has a split's images already is kept.
 
     Args:
         described: `data_set`, `inat_category` and `max_size`, as for `write_lmdb`.
@@ -277,9 +278,12 @@ def build(splits: Splits, folder: Path, *, overwrite: bool, workers: int, **desc
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for split, dataset in (('train', splits.train), ('val', splits.val)):
-        assert dataset is not None
+    for split, dataset in (('train', splits.train), ('val', splits.val), ('test', splits.test)):
         path = folder / f'{split}.lmdb'
+        if dataset is None:
+            if path.exists():
+                raise InputError(f'{path} is of other images, which have no {split} split: remove it')
+            continue
         if path.exists() and not overwrite:
             stored = ImageFolderLMDB(path)  # whose errors name --overwrite
             same = all(getattr(stored, name) == value for name, value in described.items())

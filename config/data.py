@@ -16,7 +16,7 @@ from pipeline.loaders import LoaderOptions, TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
 from training.distributed import Process, in_turn
-from utils import InputError, SizedLoader
+from utils import InputError, SizedLoader, UsageError
 
 
 def find_augmentation(args: argparse.Namespace) -> Augmentation:
@@ -66,6 +66,11 @@ def load_splits(args: argparse.Namespace, process: Process, known_classes: Seque
             train_fraction=args.train_fraction,
             train_fraction_seed=args.train_fraction_seed,
             known_classes=known_classes,
+        )
+    if splits.test is not None and not args.output_dir:
+        raise UsageError(
+            f'{args.data_path} has test images beside those that validate: the best checkpoint is evaluated on them at '
+            'the end, which needs a folder for checkpoints: --output_dir'
         )
     if splits.train is not None and len(set(splits.train.targets.tolist())) == 1:
         only = splits.train.classes[splits.train.target(0)]
