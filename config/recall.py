@@ -16,12 +16,7 @@ from training.output import holds_run
 from training.weights import stored_args
 from utils import InputError, UsageError
 
-MODEL_FLAGS = (
-    'model',
-    'model_kwargs',
-    'in_chans',
-    *EVIT_ARGUMENTS,
-)  # with --finetune, the run's count unless they are given
+MODEL_FLAGS = ('model', 'model_kwargs', 'in_chans', *EVIT_ARGUMENTS)  # with --finetune, the run's unless given
 LAYOUT_FLAGS = ('data_layout', 'inat_category', 'use_lmdb')
 EVIT_FLAGS = (*EVIT_ARGUMENTS, 'shrink_start_epoch', 'shrink_epochs')
 RECALLED_FLAGS = (  # with --eval, these

@@ -217,7 +217,7 @@ def test_exif_data_that_cannot_be_parsed_turns_nothing() -> None:
 
 @pytest.mark.parametrize('kind', [np.uint16, np.int32, np.float32])
 def test_a_range_of_values(kind: type) -> None:
-    values = np.linspace(-100 if kind != np.uint16 else 0, 5000, 192).reshape(12, 16).astype(kind)
+    values: Any = np.linspace(-100 if kind != np.uint16 else 0, 5000, 192).reshape(12, 16).astype(kind)
     found = np.asarray(decode(tiff(values), Reading(value_range=(100, 4095))))
     expected = np.rint(((values.astype(float) - 100) * (255 / 3995)).clip(0, 255))
     np.testing.assert_array_equal(found[..., 1], expected)
