@@ -44,7 +44,7 @@ def test_a_run_on_grey_images(flags: list[str], tmp_path: Path, capsys: pytest.C
     out, root = tmp_path / 'out', flags[flags.index('--data-path') + 1]
     train = [*SMALL_MODEL, *PLAIN, *flags]
     main([*train, '--report', '--output_dir', str(out)])
-    assert 'Report: ' in capsys.readouterr().out and 'No predictions' not in (out / 'report.html').read_text()
+    assert 'Report: ' in capsys.readouterr().out
     first = next(value for name, value in ckpt.load(str(out))['model'].items() if name.endswith('.weight'))
     assert first.shape[1] == 1
     stats = main(['--eval', '--resume', str(out), *EVALUATION])
@@ -174,7 +174,7 @@ def test_how_files_are_read_goes_with_the_checkpoint(tmp_path: Path, capsys: pyt
     out = tmp_path / 'out'
     main([*train, '--value-range', '-1.5', '4095', '--output_dir', str(out)])
     stats = main(['--eval', '--resume', str(out), *EVALUATION])
-    assert stats['test_loss'] == json.loads(log_of(out).splitlines()[-1])['test_loss'] or 'best' in str(out)
+    assert stats['test_acc1'] == max(json.loads(line)['test_acc1'] for line in log_of(out).splitlines())
     settings = load_trained(str(out))[1]
     assert settings.reading.exif_orientation and settings.reading.value_range == (-1.5, 4095)
 
