@@ -119,8 +119,8 @@ class DataSource:
 class Splits(NamedTuple):
     """What `build_datasets` gives. `train` is None where only evaluation was asked for; `notes` are for the user.
 
-    `val` chooses the best checkpoint: the test images, as published, or images that are held out of training; then
-    `test` are the test images.
+    `val` chooses the best checkpoint: the test images, as published, or images that are held out of training, or those
+    of valid/ where test/ stands beside it; then `test` are the test images.
     """
 
     train: ImageDataset | None
@@ -213,7 +213,7 @@ def _open_splits(
         name = source.name.partition('/')[2]
         return open_hugging_face(name, root, wanted, download=source.download), []
     layout = _find_layout(source, train=train)
-    found = {'train': layout.train, 'val': layout.val}
+    found = {'train': layout.train, 'val': layout.val, 'test': layout.test}
     return {
         split: FileDataset(files, layout.classes, on_bad_image=wanted[split]) for split, files in found.items() if files
     }, layout.notes
@@ -263,13 +263,19 @@ def build_datasets(
     for split, published in zip(('train', 'val'), info.images or (), strict=False):
         if split in opened and len(opened[split]) != published:
             notes.append(f'{source}: {len(opened[split])} {split} images, {source.name} is published with {published}')
-    if test_split is not None and (train_split is None or hold_out is not None):
+    if test_split is not None and train_split is None:
         val_split, test_split = test_split, None  # what is evaluated in the end
     if hold_out is not None and train_split is not None:
         kept, held = hold_out.split(train_split.targets)
         if not len(kept) or not len(held):
             raise InputError(f'{source}: {len(train_split)} training images are too few to hold some of them out')
-        test_split, val_split = val_split, train_split.part(held, on_bad_image=val_split.on_bad_image)
+        if test_split is None:
+            test_split = val_split
+        else:
+            notes.append(
+                f'{source}: the {len(val_split)} images that would validate are not used, as others are held out'
+            )
+        val_split = train_split.part(held, on_bad_image=val_split.on_bad_image)
         train_split.select(kept)
         notes.append(f'{len(held)} of {len(kept) + len(held)} training images are held out and choose the best '
                      f'checkpoint; the {len(test_split)} test images are evaluated by it, at the end')  # fmt: skip

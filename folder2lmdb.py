@@ -26,7 +26,7 @@ from tqdm import tqdm
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, FlagParser, add_data_flags, usable_workers
 from datasets import DataSource, Splits, build_datasets
-from pipeline.images import ImageDataset, explain_error, shrink
+from pipeline.images import ANY_VALUES, ImageDataset, explain_error, shrink
 from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, TABLE, VERSION, ImageFolderLMDB, to_key
 from pipeline.workers import end_with_parent
 from training.checkpoint import write_file
@@ -190,6 +190,7 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
         InputError: saying what is wrong.
     """
     dataset = ImageFolderLMDB(path, verify=True)
+    dataset.reading = ANY_VALUES
     problems: list[str] = []
     records = dataset.num_records()
     if len(dataset) != records:
@@ -208,7 +209,8 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
 
 
 def get_args_parser() -> FlagParser:
-    parser = FlagParser('folder2lmdb.py', description='Write train.lmdb and val.lmdb, for main.py --use-lmdb.')
+    parser = FlagParser('folder2lmdb.py', description='Write train.lmdb and val.lmdb, for main.py --use-lmdb; and '
+                        'test.lmdb, where test/ stands beside the folder that validates.')  # fmt: skip
     parser.add_argument('--dir', type=os.path.abspath, help="the data set's folder, as main.py's --data-path")
     parser.add_argument('--out', type=os.path.abspath, help='folder of the LMDB files; --dir by default')
     parser.add_argument('--max-size', type=FROM_ONE, metavar='PIXELS', help='make larger images smaller, to so many '
@@ -232,9 +234,11 @@ def build(splits: Splits, folder: Path, *, overwrite: bool, workers: int, **sett
     folder.mkdir(parents=True, exist_ok=True)
     jobs = []
     for split, dataset in (('train', splits.train), ('val', splits.val), ('test', splits.test)):
-        if dataset is None:  # most have no images for a test at the end
-            continue
         path = folder / f'{split}.lmdb'
+        if dataset is None:
+            if path.exists():
+                raise InputError(f'{path} is of other images, which have no {split} split: remove it')
+            continue
         if overwrite or not path.exists():
             jobs.append((dataset, path))
             continue

@@ -45,7 +45,7 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
         raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
     set_by = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
-    set_by |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
+    set_by |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': '--in-chans'}
     for key, _ in args.model_kwargs:
         if key in set_by:
             raise UsageError(f'--model-kwargs {key}=…: this is set by {set_by[key]}')
@@ -57,6 +57,8 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     }
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
+    if args.in_chans != 3:
+        kwargs['in_chans'] = args.in_chans
     return new_model('--model', args.model, args.input_size, kwargs)
 
 
@@ -81,8 +83,12 @@ def build_criterion(
     model.set_distilled_training(True)  # type: ignore[operator]
     sizes = {'input_size': args.input_size, 'num_classes': splits.num_classes}
     with in_turn(process):
-        teacher = create_teacher(args.teacher_model, args.teacher_path, **sizes, classes=splits.val.classes)
-    check_output(teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, **sizes)
+        teacher = create_teacher(
+            args.teacher_model, args.teacher_path, **sizes, in_chans=args.in_chans, classes=splits.val.classes
+        )
+    check_output(
+        teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, in_chans=args.in_chans, **sizes
+    )
     alpha = 0.5 if args.distillation_alpha is None else args.distillation_alpha
     kind, tau = args.distillation_type, args.distillation_tau or 1.0
     return DistillationLoss(criterion, kind=kind, alpha=alpha, tau=tau), teacher

@@ -10,18 +10,20 @@ import torch
 
 from config.arguments import mixes_images
 from config.flags import usable_workers
+from config.pretrained import find_reading
 from datasets import DataSource, HoldOut, Splits, build_datasets
 from pipeline.augment import BatchedMixup
 from pipeline.loaders import LoaderOptions, TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
 from training.distributed import Process, in_turn
-from utils import InputError, SizedLoader
+from utils import InputError, SizedLoader, UsageError
 
 
 def find_augmentation(args: argparse.Namespace) -> Augmentation:
     return Augmentation(
         input_size=args.input_size,
+        channels=args.in_chans,
         no_aug=args.no_aug,
         hflip=args.hflip,
         color_jitter=args.color_jitter,
@@ -69,6 +71,14 @@ def load_splits(
             train_fraction=args.train_fraction,
             train_fraction_seed=args.train_fraction_seed,
             known_classes=known_classes,
+        )
+    for split in (splits.train, splits.val, splits.test):
+        if split is not None:
+            split.reading = find_reading(vars(args))
+    if splits.test is not None and not args.output_dir:
+        raise UsageError(
+            f'{args.data_path} has test images beside those that validate: the best checkpoint is evaluated on them at '
+            'the end, which needs a folder for checkpoints: --output_dir'
         )
     if splits.train is not None and len(set(splits.train.targets.tolist())) == 1:
         only = splits.train.classes[splits.train.target(0)]

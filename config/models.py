@@ -100,13 +100,15 @@ def evit_kwargs(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int, flag: str = '--model') -> None:
+def check_output(
+    model: nn.Module, *, name: str, input_size: int, num_classes: int, in_chans: int = 3, flag: str = '--model'
+) -> None:
     """Puts one black image through the model.
 
     Raises:
         UsageError: if that fails, or does not end in logits (1, num_classes).
     """
-    image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
+    image = torch.zeros(1, in_chans, input_size, input_size, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
             logits = model.eval()(image)

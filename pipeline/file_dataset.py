@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.files import read_file
-from pipeline.images import ImageDataset, Transform, pack_names, to_rgb
+from pipeline.images import AS_STORED, ImageDataset, Transform, pack_names
 from pipeline.layouts import Split
 
 
@@ -58,7 +58,7 @@ class ArrayDataset(ImageDataset):
         return f'{self.classes[self._labels()[position]]}/{position:06d}.png'
 
     def _image(self, position: int) -> Image.Image:
-        return Image.fromarray(self.images[position]).convert('RGB')
+        return Image.fromarray(self.images[position]).convert(self.reading.mode)
 
     def _raw(self, position: int) -> bytes:
         file = io.BytesIO()
@@ -83,5 +83,7 @@ class ItemDataset(ImageDataset):
 
     def _raw(self, position: int) -> bytes:
         file = io.BytesIO()
-        to_rgb(self.items[position][0]).save(file, 'PNG', compress_level=1)
+        image = self.items[position][0]
+        image = image if image.mode in ('L', 'RGB', 'I;16') else AS_STORED.convert(image)
+        image.save(file, 'PNG', compress_level=1)
         return file.getvalue()

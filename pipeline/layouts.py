@@ -17,7 +17,7 @@ from utils import InputError, count, shorten
 
 T = TypeVar('T')
 Rows = dict[str, list[tuple[str, int]]]  # paths and labels of each split
-VAL_NAMES = ('val', 'valid', 'validation', 'test')  # the first of these that is there validates
+VAL_NAMES = ('val', 'valid', 'validation', 'test')  # the first of these that is there validates; test/ tests then
 CLASSES_FILE = 'classes.txt'  # one name a line: the order of the labels, where it is not that of the alphabet
 
 
@@ -30,19 +30,23 @@ class Split(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What lies on the disk. `train` is None where only evaluation was asked for; `notes` are for the user."""
+    """What lies on the disk. `train` is None where only evaluation was asked for; `notes` are for the user.
+
+    `test` are the images that the best checkpoint is evaluated on at the end, where others than those of `val` are.
+    """
 
     train: Split | None
     val: Split
     classes: list[str]
     notes: list[str]
+    test: Split | None = None
 
 
 def make_layout(root: Path, rows: Rows, sources: Mapping[str, Path], classes: list[str], notes: list[str]) -> Layout:
     """What lies below `root`, from the rows of its splits; `sources` are what notes call these."""
     splits = {split: Split(root, *map(list, zip(*listed, strict=True))) for split, listed in rows.items()}
     lacking = [note for name, split in splits.items() for note in note_lacking(sources[name], split.targets, classes)]
-    return Layout(splits.get('train'), splits['val'], classes, notes + lacking)
+    return Layout(splits.get('train'), splits['val'], classes, notes + lacking, splits.get('test'))
 
 
 def _nfc(name: str) -> str:
@@ -75,11 +79,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def _find_splits(root: Path) -> tuple[dict[str, str], list[str]]:
-    """The names of the folders of train and val, whose case does not matter, and of others that could be val."""
+    """The names of the folders of train, val and test, whose case does not matter, and of others that could be val."""
     names = {name.lower(): name for name in _folders(root)} if root.is_dir() else {}
-    found = [names[name] for name in VAL_NAMES if name in names]
-    splits = {'train': names['train']} if 'train' in names else {}
-    return {**splits, 'val': found[0]} if found else splits, found[1:]
+    found = [name for name in VAL_NAMES if name in names]
+    places = {'train': 'train', 'val': found[0] if found else '', 'test': 'test' if found[:-1] else ''}
+    splits = {split: names[name] for split, name in places.items() if name in names}
+    return splits, [names[name] for name in found[1:] if name != 'test']
 
 
 def has_folders(root: Path, *, train: bool) -> bool:
@@ -92,7 +97,8 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     """Reads `train/<class>/…` and `val/<class>/…`, at any depth below the class. See `VAL_NAMES` for val's names.
 
     Classes are numbered in the order of their names, or of `classes.txt` if there is one. Tiny-ImageNet's val/images
-    with val_annotations.txt is read as it is.
+    with val_annotations.txt is read as it is. Where test/ stands beside val/ and has a class of theirs, it is the test
+    split, which evaluation alone reads in place of val/.
 
     Raises:
         InputError: if a folder is missing or empty, images lie outside class folders, or the splits share no class.
@@ -100,15 +106,26 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     if not root.is_dir():
         raise InputError(f'{root}: no such folder; give the one that holds train/ and val/ with --data-path')
     folders, others = _find_splits(root)
-    needed = ('train', 'val') if train else ('val',)
-    absent = [split for split in needed if split not in folders]
+    absent = [split for split in (('train', 'val') if train else ('val',)) if split not in folders]
     if absent:
         raise InputError(f'{root} has no folder {" and no folder ".join(absent)}; it needs <split>/<class>/<image>')
-    notes = [f'{root}: {folders["val"]}/ validates; not read: {", ".join(others)}'] if others else []
-
+    notes: list[str] = []
     sources = {split: root / folder for split, folder in folders.items()}
     rows = {split: _read_annotations(folder, notes) for split, folder in sources.items()}
     names = {split: {name for _, name in rows[split]} or _class_names(folder) for split, folder in sources.items()}
+    tests = names.pop('test', set())
+    if tests.isdisjoint(set().union(*names.values())):  # as ImageNet's, whose images have no labels
+        others += [folders['test']] if 'test' in folders else []
+    else:
+        names['test'] = tests
+        val, test = folders['val'], folders['test']
+        told = f'{val}/ chooses the best checkpoint, which is evaluated on {test}/ at the end'
+        notes.append(f'{root}: ' + (told if train else f'{test}/ is evaluated, not {val}/'))
+    if others:
+        notes.append(f'{root}: {folders["val"]}/ validates; not read: {", ".join(others)}')
+    needed = [split for split in sources if split in names]
+    if not train:
+        needed = needed[-1:]
     classes = _number_classes(root, sorted(set().union(*names.values())))
     walked = []
     for split in needed:
@@ -118,12 +135,14 @@ def find_folders(root: Path, *, train: bool) -> Layout:
             if not rows[split]:
                 raise InputError(f'{sources[split]} holds no images (file names must end in .jpg, .png, …)')
             names[split] = {name for _, name in rows[split]}
-    _check_shared(root, f'{"/ and ".join(folders.values())}/', names)
+    _check_shared(root, f'{folders.get("train")}/ and {folders["val"]}/', names)
 
     class_to_idx = {name: index for index, name in enumerate(classes)}
     numbered = {
         split: [(f'{folders[split]}/{path}', class_to_idx[name]) for path, name in rows[split]] for split in needed
     }
+    if not train:
+        numbered, sources = {'val': numbered[needed[0]]}, {'val': sources[needed[0]]}
     layout = make_layout(root, numbered, sources, classes, notes)
     return layout._replace(notes=layout.notes + note_left_out(root, walked))
 
@@ -148,7 +167,7 @@ def _in_class_folders(folder: Path, found: Found, notes: list[str]) -> list[tupl
 
 
 def _check_shared(where: Path, splits: str, names: Mapping[str, set[str]]) -> None:
-    if len(names) == 2 and all(names.values()) and names['train'].isdisjoint(names['val']):
+    if names.get('train') and names['val'] and names['train'].isdisjoint(names['val']):
         train, val = (shorten(sorted(names[split])) for split in ('train', 'val'))
         raise InputError(
             f'{where}: {splits} share no class ({train} | {val}): both need the same class folders, '

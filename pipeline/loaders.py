@@ -8,14 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pipeline.augment import BatchedAugment
 from pipeline.images import ImageDataset
-from pipeline.transforms import Augmentation, AugmentedImages
+from pipeline.transforms import Augmentation, AugmentedImages, normalization
 from pipeline.workers import check_loader_processes, deadline, ignore_signals
 from samplers import EvalSampler, TrainBatches
 from utils import SizedLoader, UsageError, log
@@ -85,11 +84,10 @@ class TimedLoader(DataLoader):
 
 
 class Normalize:
-    """Images uint8 (B, 3, H, W) to float32 with ImageNet's mean and standard deviation, as the transforms do."""
+    """Images uint8 (B, channels, H, W) to float32 with `normalization`, as the transforms do."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None]
-        self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None]
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in normalization(channels))
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
@@ -99,10 +97,10 @@ class CachedLoader:
     """Batches of images that stay on the device, augmented there: they are read once, and then by no loader process.
 
     Args:
-        dataset: its transform gives uint8 tensors (3, S, S), the same each time.
+        dataset: its transform gives uint8 tensors (C, S, S), the same each time.
         indices: the images to keep.
         batches: the draws of each batch, or at evaluation the places in `indices`.
-        augment: from images uint8 (B, 3, S, S) and draws (B, 3) to what the model gets.
+        augment: from images uint8 (B, C, S, S) and draws (B, 3) to what the model gets.
         size: S.
     """
 
@@ -119,7 +117,8 @@ class CachedLoader:
         self.batch_sampler = batches
         self.augment = augment
         self.device = options.device
-        self.images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=self.device)
+        shape = (len(indices), dataset.reading.channels, size, size)
+        self.images = torch.empty(shape, dtype=torch.uint8, device=self.device)
         self.targets = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         loader = options.loader(dataset, processes=len(indices) >= FEW_IMAGES, batch_size=256, sampler=indices)
         first = 0
@@ -199,7 +198,7 @@ def _batched_augment(augmentation: Augmentation, *, seed: int, options: LoaderOp
     if options.augment == 'pil' or (options.augment == 'auto' and large_on_cpu):
         return None
     if augmentation.no_aug:
-        return Normalize(options.device)
+        return Normalize(augmentation.channels, options.device)
     try:
         return BatchedAugment(augmentation, seed=seed, exact=options.exact)
     except UsageError as err:
@@ -241,7 +240,7 @@ def build_loaders(
         augment = _batched_augment(augmentation, seed=seed, options=options)
         kind = 'pil' if augment is None else 'batched, exact' if options.exact else 'batched'
         train.transform = augmentation.transform(train=True) if augment is None else augmentation.crop(train=True)
-        image_bytes, room = 3 * size**2, options.cache_gib * 2**30
+        image_bytes, room = augmentation.channels * size**2, options.cache_gib * 2**30
         if device.type == 'cuda':
             room = min(room, torch.cuda.mem_get_info(device)[0] / 2)
         if augment is not None and augmentation.has_fixed_crop and len(train) * image_bytes <= room:
@@ -260,7 +259,9 @@ def build_loaders(
     if keeps_val:
         val.transform = augmentation.crop(train=False)
         places = BatchSampler(range(len(shard)), eval_batch_size, drop_last=False)
-        cached = CachedLoader(val, shard.indices, places, Normalize(device), size=size, options=options)
+        cached = CachedLoader(
+            val, shard.indices, places, Normalize(augmentation.channels, device), size=size, options=options
+        )
         return loader, cached, kind
     val.transform = augmentation.transform(train=False)
     return loader, options.loader(val, sampler=shard, batch_size=eval_batch_size), kind

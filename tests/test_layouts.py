@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from PIL import Image
 
 from datasets import DATA_SETS, DOMAINNET, DataSource, build_datasets, stratified_part
+from folder2lmdb import main as build_lmdb
 from main import main
+from pipeline.images import ImageDataset
 from tests.conftest import PLAIN, SMALL_MODEL, make_lists
 from utils import InputError, UsageError
 
@@ -324,10 +327,50 @@ def test_names_of_the_validation_folder(make_folder: MakeFolder, val: str) -> No
     assert not any('validates' in note for note in splits.notes)
 
 
-def test_valid_validates_where_there_is_also_test(make_folder: MakeFolder) -> None:
-    splits = build_datasets(DataSource('FOLDER', str(make_folder({'train': ['a'], 'valid': ['a'], 'test': ['a']}))))
-    assert {splits.val.name(i).split('/')[0] for i in range(len(splits.val))} == {'valid'}
-    assert any('valid/ validates; not read: test' in note for note in splits.notes)
+def folders_of(*splits: ImageDataset | None) -> list[set[str]]:
+    return [{split.name(i).split('/')[0] for i in range(len(split))} for split in splits if split is not None]
+
+
+@pytest.mark.parametrize('val', ['val', 'valid', 'Validation'])
+def test_where_test_stands_beside_it_val_validates(make_folder: MakeFolder, val: str) -> None:
+    root = make_folder({'train': ['b'], val: ['a', 'b'], 'Test': ['b', 'c']})
+    source = DataSource('FOLDER', str(root))
+    splits = build_datasets(source)
+    assert folders_of(splits.train, splits.val, splits.test) == [{'train'}, {val}, {'Test'}]
+    assert any(f'{val}/ chooses the best checkpoint, which is evaluated on Test/' in note for note in splits.notes)
+    alone = build_datasets(source, train=False)
+    assert folders_of(alone.val) == [{'Test'}] and alone.test is None
+    assert (
+        alone.val.classes == splits.val.classes == ['a', 'b', 'c'] and alone.val.targets.tolist() == [1] * 8 + [2] * 8
+    )
+    assert any(f'Test/ is evaluated, not {val}/' in note for note in alone.notes)
+
+
+@pytest.mark.parametrize('test', ['', 'images'])
+def test_a_test_folder_without_labels_is_not_read(make_folder: MakeFolder, test: str) -> None:
+    """As ImageNet's and Tiny-ImageNet's."""
+    root = make_folder({'train': ['a'], 'val': ['a'], 'validation': ['a'], 'test': [test]})
+    for train in (True, False):
+        splits = build_datasets(DataSource('FOLDER', str(root)), train=train)
+        assert splits.test is None and folders_of(splits.val) == [{'val'}] and splits.val.classes == ['a']
+        assert any('val/ validates; not read: validation, test' in note for note in splits.notes)
+
+
+def test_a_test_folder_in_lmdb(make_folder: MakeFolder, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root, out = make_folder({'train': ['a', 'b'], 'valid': ['a'], 'test': ['b']}), tmp_path / 'lmdb'
+    build_lmdb(['--dir', str(root), '--out', str(out), '--num_workers', '0'])
+    files, records = (
+        [build_datasets(source, train=train) for train in (True, False)]
+        for source in (DataSource('FOLDER', str(root)), DataSource('FOLDER', str(out), use_lmdb=True))
+    )
+    for of_files, of_records in zip(files, records, strict=True):
+        assert of_files.fingerprint() == of_records.fingerprint()
+    assert folders_of(records[0].val, records[0].test, records[1].val) == [{'valid'}, {'test'}, {'test'}]
+    shutil.rmtree(root / 'test')
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        build_lmdb(['--dir', str(root), '--out', str(out), '--num_workers', '0'])
+    assert 'test.lmdb is of other images, which have no test split' in capsys.readouterr().err
 
 
 def test_images_outside_class_folders(make_folder: MakeFolder) -> None:

@@ -126,6 +126,28 @@ def test_the_best_is_chosen_on_held_out_images(finished: Path, capsys: pytest.Ca
     assert 'on the 360 test images' in capsys.readouterr().out
 
 
+def test_valid_chooses_and_test_tests(
+    make_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = make_folder({'train': ['a', 'b'], 'valid': ['a', 'b'], 'test': ['b', 'a']}, size=16), tmp_path / 'out'
+    for path in list((root / 'test').rglob('[0-5].jpg')):
+        path.unlink()
+    data = ['--data-set', 'FOLDER', '--data-path', str(root), '--epochs', '2', '--batch-size', '8']
+    with pytest.raises(SystemExit):
+        main([*SMALL_MODEL, *PLAIN, *data])
+    assert 'needs a folder for checkpoints: --output_dir' in capsys.readouterr().err
+    main([*SMALL_MODEL, *PLAIN, *data, '--report', '--output_dir', str(out)])
+    printed = capsys.readouterr().out
+    assert printed.count('on the 16 held-out images') == 2 and printed.count('on the 4 test images') == 1
+    result = json.loads((out / 'test.json').read_text())
+    stats = main(['--eval', '--resume', str(out), '--device', 'cpu', '--amp', 'off', '--num_workers', '0'])
+    assert result['images'] == stats['test_images'] == 4 and result['loss'] == stats['test_loss']
+    assert 'chosen on held-out images' in (out / 'report.html').read_text()
+    held = build_datasets(DataSource('FOLDER', str(root)), hold_out=HoldOut(0.25))
+    assert names(held)[1][0].startswith('train/') and len(held.val) == 4 and names(held)[2][0].startswith('test/')
+    assert any('16 images that would validate are not used' in note for note in held.notes)
+
+
 def test_held_out_images_are_evaluated_without_augmentation(tmp_path: Path) -> None:
     """The logged accuracy is that of the same images in a data set of their own, where training augments."""
     augmented = [flag for flag in DIGITS if flag not in ('--no-aug', '--no-repeated-aug')]

@@ -30,7 +30,9 @@ FREE_ARGUMENTS = {
 
 MOST_EPOCHS = 1_000_000
 # Those of the model and the data: with others a checkpoint's weights do not even fit.
-MODEL_ARGUMENTS = {'model', 'model_kwargs', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'}
+MODEL_ARGUMENTS = {
+    *('model', 'model_kwargs', 'in_chans', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'),
+}  # fmt: skip
 
 
 @dataclass

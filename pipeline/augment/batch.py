@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from pipeline.augment.erasing import Erasing, erase, plan_erasing
@@ -16,12 +15,10 @@ from pipeline.augment.pixels import apply_step
 from pipeline.augment.policy import CUBIC_SHARE, OPS, plan_jitter, plan_ops, read_policy
 from pipeline.augment.random_numbers import Purpose, sample_keys, uniforms
 from pipeline.augment.steps import Size, Step, make_step, send
-from pipeline.transforms import Augmentation
+from pipeline.transforms import Augmentation, normalization
 from utils import UsageError
 
 PADDING = 4  # pixels of zeros on each side, for the random crop of small images
-FILL = np.array([round(255 * value) for value in IMAGENET_DEFAULT_MEAN], np.uint8)  # for pixels from outside
-NORMALIZATION = np.array([[255.0] * 3, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
 
 
 def apply_op(
@@ -94,6 +91,9 @@ class BatchedAugment:
         self.settings = settings
         self.seed = seed
         self.exact = exact
+        mean, std = normalization(settings.channels)
+        self._normalization = np.array([[255.0] * len(mean), mean, std])[:, :, None, None]
+        self._fill = np.array([round(255 * value) for value in mean] * (3 // len(mean)), np.uint8)  # of outside pixels
         policy = settings.auto_augment
         self.policy = read_policy(policy) if policy else None
         # timm turns colour jitter off beside RandAugment, except beside 3-Augment, which it looks for by these letters.
@@ -123,19 +123,21 @@ class BatchedAugment:
         """Augments a batch where it lies, without a wait for the device.
 
         Args:
-            images: uint8 (B, 3, H, W); H and W are `input_size` up to 32 px.
+            images: uint8 (B, C, H, W), C of 3 or 1; H and W are `input_size` up to 32 px.
             draws: int64 (B, 3) on the host: image, epoch, repeat, as in `samplers.Draw`.
 
         Returns:
-            float32 (B, 3, H, W), normalised.
+            float32 (B, C, H, W), normalised.
         """
         device, (height, width), expected = images.device, images.shape[2:], self.settings.input_size
         if self.settings.is_small and (height, width) != (expected, expected):
             raise ValueError(f'images of {height}x{width} pixels, {expected}x{expected} are expected')
         if self.exact and device.type == 'mps':
             raise UsageError('--augment-exact needs float64, which MPS does not have')
+        channels = images.shape[1]
+        images = images.expand(-1, 3, -1, -1)  # grey as three equal channels, which every op leaves equal
         plan = self.plan(draws.numpy(), (height, width))
-        arrays = [FILL, NORMALIZATION, plan.top, plan.left, plan.flip.astype(np.int64)]
+        arrays = [self._fill, self._normalization, plan.top, plan.left, plan.flip.astype(np.int64)]
         arrays += [array for steps in plan.steps for step in steps for array in (step.index, step.values)]
         if plan.erasing is not None:
             arrays += [plan.erasing.boxes, plan.erasing.keys, plan.erasing.colours]
@@ -151,7 +153,7 @@ class BatchedAugment:
         out.div_(divisor).sub_(mean).div_(std) if self.exact else out.sub_(mean * divisor).mul_(1 / (std * divisor))
         if plan.erasing is not None:
             erase(out, plan.erasing, *sent, noise=self.settings.re_mode == 'pixel')
-        return out
+        return out[:, :channels].contiguous()
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """A new tensor, whatever is done."""
