@@ -27,7 +27,7 @@ from tqdm import tqdm
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, FlagParser, add_data_flags, usable_workers
 from datasets import DataSource, Splits, build_datasets
-from pipeline.images import ImageDataset, explain_error, shrink
+from pipeline.images import ANY_VALUES, ImageDataset, explain_error, shrink
 from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, TABLE, VERSION, ImageFolderLMDB, _key
 from pipeline.workers import end_with_parent
 from training.checkpoint import write_file
@@ -236,6 +236,7 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
         InputError: saying what is wrong.
     """
     dataset = ImageFolderLMDB(path, verify=True)
+    dataset.reading = ANY_VALUES
     store = dataset._open()
     problems: list[str] = []
     entries = store.env.stat()['entries'] - 2

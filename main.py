@@ -70,7 +70,7 @@ def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.devic
     """Prints parameters, multiply-adds and images per second of evaluation, measured on the main process."""
     if not is_main_process():
         return
-    size = (3, args.input_size, args.input_size)
+    size = (args.in_chans, args.input_size, args.input_size)
     parameters = sum(p.numel() for p in model.parameters())
     log(f'{args.model}: {parameters:,} parameters, {count_macs(model, size) / 1e9:.3f} G multiply-adds an image')
     rate = images_per_second(model, size, batch_size=args.batch_size, amp_dtype=amp)
@@ -161,7 +161,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
     if memory_format == torch.channels_last:
         put_channels_last(model)
-    check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes)
+    check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes,
+                 in_chans=args.in_chans)  # fmt: skip
     if source:
         load_weights(args, model, checkpoint, source, whole=head_stays)
     if args.test_speed:

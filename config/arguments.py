@@ -84,6 +84,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--model-kwargs', default=[], nargs='*', type=_key_value, metavar='KEY=VALUE',
                        help="further arguments of the model's constructor")  # fmt: skip
     group.add_argument('--input-size', default=224, type=PIXELS, help='image size in pixels')
+    group.add_argument('--in-chans', default=3, type=int, choices=(1, 3), help='3 for RGB images, 1 for grey ones, to '
+                       'which those in colour are converted')  # fmt: skip
     group.add_argument('--nb-classes', type=FROM_ONE, help="size of the head; the data set's by default")
     group.add_argument('--drop', default=0.0, type=PROBABILITY, help="dropout after attention's projection")
     group.add_argument('--drop-path', default=0.1, type=PROBABILITY, help='drop path rate of the last block')
@@ -172,6 +174,9 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--verify-records', action='store_true', help='compare each LMDB record with its checksum')
     group.add_argument('--on-bad-image', default='stop', choices=('stop', 'skip'), help='an image that cannot be '
                        'decoded: stop, or train with the next good one and leave it out of evaluation')  # fmt: skip
+    group.add_argument('--exif-orientation', action=switch, default=False, help='turn images as their EXIF data says')
+    group.add_argument('--value-range', nargs=2, type=float, metavar=('LOW', 'HIGH'), help='the values that become '
+                       'black and white, of grey images with 16 or 32 bits: 0 4095 for 12-bit data')  # fmt: skip
     group.add_argument('--val-fraction', default=0.0, type=PROBABILITY, help='hold out this part of the training '
                        'images, the same share of each class, to choose the best checkpoint; the test images are then '
                        'evaluated once, by that checkpoint at the end')  # fmt: skip
@@ -303,6 +308,8 @@ def check_args(args: argparse.Namespace) -> None:
         (args.eval and args.only_test_speed, '--eval and --only_test_speed exclude each other'),
         (args.start_epoch >= args.epochs,
          f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}'),
+        (args.value_range and not 0 < args.value_range[1] - args.value_range[0] < float('inf'),
+         '--value-range needs two numbers, the smaller one first'),
         (args.val_fraction == 1, '--val-fraction 1 leaves nothing to train with'),
         (args.val_fraction and args.folds, '--val-fraction and --folds exclude each other'),
         ((args.folds is None) != (args.fold is None), '--folds and --fold need each other: --folds 5 --fold 0'),

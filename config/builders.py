@@ -37,6 +37,7 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         args.model,
         input_size=args.input_size,
         num_classes=num_classes,
+        in_chans=args.in_chans,
         drop=args.drop,
         drop_path=args.drop_path,
         evit_settings=vars(args),
@@ -65,8 +66,12 @@ def build_criterion(
     model.set_distilled_training(True)  # type: ignore[operator]
     sizes = {'input_size': args.input_size, 'num_classes': splits.num_classes}
     with in_turn(process):
-        teacher = create_teacher(args.teacher_model, args.teacher_path, **sizes, classes=splits.val.classes)
-    check_output(teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, **sizes)
+        teacher = create_teacher(
+            args.teacher_model, args.teacher_path, **sizes, in_chans=args.in_chans, classes=splits.val.classes
+        )
+    check_output(
+        teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, in_chans=args.in_chans, **sizes
+    )
     alpha = 0.5 if args.distillation_alpha is None else args.distillation_alpha
     kind, tau = args.distillation_type, args.distillation_tau or 1.0
     return DistillationLoss(criterion, kind=kind, alpha=alpha, tau=tau), teacher

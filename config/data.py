@@ -10,6 +10,7 @@ import torch
 
 from config.arguments import mixes_images
 from config.flags import usable_workers
+from config.pretrained import find_reading
 from datasets import DataSource, HoldOut, Splits, build_datasets
 from pipeline.augment import BatchedMixup
 from pipeline.loaders import LoaderOptions, TrainLoader, build_loaders
@@ -22,6 +23,7 @@ from utils import InputError, SizedLoader, UsageError
 def find_augmentation(args: argparse.Namespace) -> Augmentation:
     return Augmentation(
         input_size=args.input_size,
+        channels=args.in_chans,
         no_aug=args.no_aug,
         hflip=args.hflip,
         color_jitter=args.color_jitter,
@@ -67,6 +69,9 @@ def load_splits(args: argparse.Namespace, process: Process, known_classes: Seque
             train_fraction_seed=args.train_fraction_seed,
             known_classes=known_classes,
         )
+    for split in (splits.train, splits.val, splits.test):
+        if split is not None:
+            split.reading = find_reading(vars(args))
     if splits.test is not None and not args.output_dir:
         raise UsageError(
             f'{args.data_path} has test images beside those that validate: the best checkpoint is evaluated on them at '

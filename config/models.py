@@ -104,6 +104,7 @@ def create_model(
     *,
     input_size: int,
     num_classes: int | None,
+    in_chans: int = 3,
     drop: float = 0.0,
     drop_path: float = 0.0,
     evit_settings: Mapping[str, Any],
@@ -113,6 +114,7 @@ def create_model(
 
     Args:
         num_classes: the head's size, None for the model's own.
+        in_chans: channels of the images; 3 is not mentioned to the model.
         drop, drop_path: rates; 0 is not mentioned to the model.
         evit_settings: arguments among which those of EViT are looked up.
         model_kwargs: further arguments of the constructor.
@@ -121,7 +123,11 @@ def create_model(
         UsageError: if timm does not know the name, or the model refuses its arguments.
     """
     elsewhere = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
-    elsewhere |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': "the images' three channels"}
+    elsewhere |= {
+        'num_classes': '--nb-classes',
+        'img_size': '--input-size',
+        'in_chans': "--in-chans, the images' three channels or one",
+    }
     for key, _ in model_kwargs:
         if key in elsewhere:
             raise UsageError(f'--model-kwargs {key}=…: this is set by {elsewhere[key]}')
@@ -129,16 +135,20 @@ def create_model(
     kwargs: dict[str, Any] = {**{key: rate for key, rate in rates.items() if rate > 0}, **dict(model_kwargs)}
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
+    if in_chans != 3:
+        kwargs['in_chans'] = in_chans
     return new_model('--model', name, input_size, {**kwargs, **evit_kwargs(evit_settings)})
 
 
-def check_output(model: nn.Module, *, name: str, input_size: int, num_classes: int, flag: str = '--model') -> None:
+def check_output(
+    model: nn.Module, *, name: str, input_size: int, num_classes: int, in_chans: int = 3, flag: str = '--model'
+) -> None:
     """Puts one black image through the model.
 
     Raises:
         UsageError: if that fails, or does not end in logits (1, num_classes).
     """
-    image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
+    image = torch.zeros(1, in_chans, input_size, input_size, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
             logits = model.eval()(image)

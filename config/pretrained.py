@@ -8,12 +8,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from config.flags import MOST_PIXELS
 from config.models import check_kwargs, constructor_arguments, evit_kwargs, keeps_tokens_by_rate, new_model
 from models.folding import fold_batchnorm
+from pipeline.images import Reading
+from pipeline.transforms import normalization
 from training import checkpoint as ckpt
 from training.weights import PREFIXES, class_names, load_whole, model_weights, stored_args
 from utils import InputError, UsageError
@@ -26,7 +27,8 @@ class Settings:
     """What a checkpoint says of its model.
 
     `kwargs` are the constructor's beside the image size, which is `input_size` pixels; `classes` names the head's rows;
-    `mean` and `std` normalise the channels of images in 0..1; `args` are those of the run, empty for bare weights.
+    `mean` and `std` normalise the channels of images in 0..1, which are read as `reading` says; `args` are those of the
+    run, empty for bare weights.
     """
 
     name: str
@@ -36,12 +38,37 @@ class Settings:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     args: dict[str, Any]
+    reading: Reading
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image."""
+        return self.reading.channels, self.input_size, self.input_size
 
     def build(self, weights: Mapping[str, Tensor], source: str, *, flag: str = '--model') -> nn.Module:
         """The model with these weights, which must fit exactly, on the CPU in eval mode."""
         model = new_model(flag, self.name, self.input_size, self.kwargs)
         load_whole(model, weights, source)
         return model.eval()
+
+
+def find_reading(args: Mapping[str, Any]) -> Reading:
+    """How the files of a run become images.
+
+    Raises:
+        InputError: for arguments that main.py has not written.
+    """
+    channels, limits = args.get('in_chans', 3), args.get('value_range')
+    try:
+        low, high = map(float, limits or (0, 1))
+        if channels not in (1, 3) or not 0 < high - low < float('inf'):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(
+            f'images of {channels!r:.20} channels, with values in {limits!r:.40}, cannot be read'
+        ) from None
+    turns = args.get('exif_orientation') is True
+    return Reading(channels=channels, exif_orientation=turns, value_range=(low, high) if limits else None)
 
 
 def _size_of_head(name: str, weights: Mapping[str, Tensor]) -> int | None:
@@ -95,6 +122,9 @@ def read_settings(
     kwargs |= further or {}
     if kwargs.pop('in_chans', 3) != 3:
         raise InputError(f'{source} is of a model for images of other than three channels, which cannot be read here')
+    reading = find_reading(stored)
+    if reading.channels != 3:
+        kwargs['in_chans'] = reading.channels
     if timm.is_model(name):
         check_kwargs(name, kwargs)
     classes = class_names(checkpoint, source) or []
@@ -107,7 +137,7 @@ def read_settings(
         )
     # A head with more rows than the data had classes, and checkpoints of other programs, which name none.
     classes = [*classes, *map(str, range(len(classes), head or 0))]
-    return Settings(name, kwargs, size, classes, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, stored)
+    return Settings(name, kwargs, size, classes, *normalization(reading.channels), stored, reading)
 
 
 def takes_image_size(model: nn.Module) -> bool:
@@ -140,7 +170,7 @@ def load_trained(
     return settings.build(weights, source), settings, loaded
 
 
-def fold_if_equal(model: nn.Module, input_size: int) -> tuple[nn.Module, float]:
+def fold_if_equal(model: nn.Module, input_size: int, channels: int = 3) -> tuple[nn.Module, float]:
     """A model with its BatchNorms folded, and the largest difference of its logits on random images.
 
     The pairs are found by their names, which another's network may use otherwise; so this compares.
@@ -149,7 +179,7 @@ def fold_if_equal(model: nn.Module, input_size: int) -> tuple[nn.Module, float]:
         InputError: if the outputs are not equal up to rounding.
     """
     folded = fold_batchnorm(model)
-    images = torch.randn(2, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, channels, input_size, input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(images)
         difference = float((folded(images) - expected).abs().max())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from training.output import holds_run
 from training.weights import stored_args
 from utils import InputError, UsageError
 
-MODEL_FLAGS = ('model', 'model_kwargs', *EVIT_ARGUMENTS)  # with --finetune, the run's count unless they are given
+MODEL_FLAGS = ('model', 'model_kwargs', 'in_chans', *EVIT_ARGUMENTS)  # with --finetune, the run's unless given
 LAYOUT_FLAGS = ('data_layout', 'inat_category', 'use_lmdb')
 EVIT_FLAGS = (*EVIT_ARGUMENTS, 'shrink_start_epoch', 'shrink_epochs')
 RECALLED_FLAGS = (  # with --eval, these
     *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp'),
-    *('data_set', 'data_path', *LAYOUT_FLAGS, *EVIT_FLAGS),
+    *('in_chans', 'exif_orientation', 'value_range', 'data_set', 'data_path', *LAYOUT_FLAGS, *EVIT_FLAGS),
 )
 
 
@@ -65,7 +66,7 @@ def stored_flags(
         value = stored.get(name)
         if isinstance(value, (list, tuple)) or (name == 'model_kwargs' and value is not None):
             words = _words(name, value)
-            if words is None or any(word.startswith('-') for word in words):
+            if words is None or any(re.match(r'-\D|-$', word) for word in words):
                 raise InputError(f'{source} has {value!r:.40} as {name}: it is not of this program')
             flags += [f'--{name}', *words]
         elif isinstance(value, bool):

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from config.models import new_model
 from config.pretrained import read_settings
 from losses import Teacher
+from pipeline.transforms import normalization
 from training import checkpoint as ckpt
 from training.weights import model_weights, stored_args
 from utils import InputError, one_line
@@ -66,14 +66,14 @@ def _pretrained_teacher(name: str, input_size: int, num_classes: int) -> tuple[n
 
 
 def create_teacher(
-    name: str | None, path: str | None, *, input_size: int, num_classes: int, classes: Sequence[str]
+    name: str | None, path: str | None, *, input_size: int, num_classes: int, in_chans: int = 3, classes: Sequence[str]
 ) -> Teacher:
     """The teacher of distillation, at the image size and the normalisation that it was trained with.
 
     Args:
         name: of timm's registry, `DEFAULT_TEACHER` if None.
         path: of its checkpoint; timm's weights if there is none.
-        input_size: the student's images, in pixels.
+        input_size, in_chans: the student's images, in pixels, and their channels.
         num_classes, classes: the data set's.
 
     Raises:
@@ -84,11 +84,12 @@ def create_teacher(
         model, size, own = _trained_teacher(name, path, num_classes, classes)
     else:
         model, size, own = _pretrained_teacher(name or DEFAULT_TEACHER, input_size, num_classes)
+    student_mean, student_std = normalization(in_chans)
     return Teacher(
         model,
         input_size=size,
         mean=own['mean'],
         std=own['std'],
-        student_mean=IMAGENET_DEFAULT_MEAN,
-        student_std=IMAGENET_DEFAULT_STD,
+        student_mean=student_mean,
+        student_std=student_std,
     )

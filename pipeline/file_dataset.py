@@ -60,7 +60,7 @@ class ArrayDataset(ImageDataset):
         return f'{self.classes[self._labels()[position]]}/{position:06d}.png'
 
     def _image(self, position: int) -> Image.Image:
-        return Image.fromarray(self.images[position]).convert('RGB')
+        return Image.fromarray(self.images[position]).convert(self.reading.mode)
 
     def _raw(self, position: int) -> bytes:
         file = io.BytesIO()

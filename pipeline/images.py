@@ -1,4 +1,4 @@
-"""Images of every kind as RGB, and the base class of the data sets."""
+"""Images of every kind as RGB or grey, and the base class of the data sets."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import io
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 from torch.utils.data import Dataset
 
 from utils import InputError, all_reduce_max, log, one_line, shorten
@@ -40,33 +43,77 @@ def image_extensions() -> frozenset[str]:
     )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as RGB, by Pillow's conversion: transparency is dropped and orientation kept, as in torchvision.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How files become images. The defaults are those of torchvision: RGB, with the orientation as stored.
 
-    16 bits a channel, and 32-bit integers that are no more than that, keep the upper eight bits; Pillow alone would
-    clip grey ones to white.
-
-    Raises:
-        ValueError: for floating point, for larger integers, and if all of 16 bits lie in the lowest sixteenth of the
-            range, as 12-bit data does: it would become black.
+    Args:
+        channels: 3 for RGB, 1 for grey.
+        exif_orientation: turn images as their EXIF data says.
+        value_range: the values that become black and white, of images with more than 8 bits a channel.
     """
-    is_deep = image.mode.startswith('I') or any(';16' in str(tile) for tile in getattr(image, 'tile', [])[:1])
-    if image.mode == 'F':
-        raise ValueError('its values are floating-point numbers, whose range nothing says: save it with 8 or 16 bits')
-    if image.mode.startswith('I'):  # I;16, I;16B, I
-        values = np.asarray(image)
+
+    channels: int = 3
+    exif_orientation: bool = False
+    value_range: tuple[float, float] | None = None
+
+    @property
+    def mode(self) -> str:
+        return 'L' if self.channels == 1 else 'RGB'
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """An image as RGB or grey, by Pillow's conversion: transparency is dropped, as in torchvision.
+
+        Without `value_range`, 16 bits a channel, and 32-bit integers that are no more than that, keep the upper eight
+        bits; Pillow alone would clip grey ones to white.
+
+        Raises:
+            ValueError: for floating point and larger integers without `value_range`; if all of 16 bits lie in the
+                lowest sixteenth of the range, as 12-bit data does, which would become black; and for colours of 16
+                bits with it, of which Pillow reads eight.
+        """
+        is_deep = image.mode.startswith('I') or any(';16' in str(tile) for tile in getattr(image, 'tile', [])[:1])
+        if self.exif_orientation:
+            image = _upright(image)
+        if image.mode == 'F' or image.mode.startswith('I'):  # I;16, I;16B, I
+            image = self._to_eight_bits(np.asarray(image))
+        elif is_deep and self.value_range is not None:
+            raise ValueError('--value-range is for grey images, its 16-bit colours are read with eight bits')
+        if image.mode == 'P' and 'transparency' in image.info:
+            image = image.convert('RGBA')  # without Pillow's warning
+        if image.mode == self.mode:
+            image.load()
+        else:
+            image = image.convert(self.mode)
+        if is_deep and self.value_range is None and np.asarray(image).max() < 16:
+            raise ValueError(
+                'its 16-bit values are all below 4096, as of 12-bit data: scale them to 0..65535, or give '
+                '--value-range 0 4095'
+            )
+        return image
+
+    def _to_eight_bits(self, values: np.ndarray) -> Image.Image:
+        if self.value_range is not None:
+            low, high = self.value_range
+            scaled = np.nan_to_num((values.astype(np.float64) - low) * (255 / (high - low)))
+            return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8))
+        how = 'save it with 8 or 16 bits, or give --value-range LOW HIGH'
+        if values.dtype.kind == 'f':
+            raise ValueError(f'its values are floating-point numbers, whose range nothing says: {how}')
         if values.min() < 0 or values.max() >= 2**16:
-            raise ValueError('its 32-bit integers are not in 0..65535: save it with 8 or 16 bits')
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == 'P' and 'transparency' in image.info:
-        image = image.convert('RGBA')  # without Pillow's warning
-    if image.mode == 'RGB':
-        image.load()
-    else:
-        image = image.convert('RGB')
-    if is_deep and np.asarray(image).max() < 16:
-        raise ValueError('its 16-bit values are all below 4096, as of 12-bit data: scale them to 0..65535')
-    return image
+            raise ValueError(f'its 32-bit integers are not in 0..65535: {how}')
+        return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that cannot be parsed says nothing; whether the pixels can be read shows later
+        return image
+
+
+AS_STORED = Reading()
+ANY_VALUES = Reading(value_range=(0, 65535))  # refuses no range of values: for whoever asks whether it decodes
 
 
 def explain_error(err: Exception) -> str:
@@ -76,8 +123,8 @@ def explain_error(err: Exception) -> str:
     return err.strerror if isinstance(err, OSError) and err.strerror else one_line(err)
 
 
-def decode(data: bytes | memoryview) -> Image.Image:
-    """Decodes an image file's bytes to RGB.
+def decode(data: bytes | memoryview, reading: Reading = AS_STORED) -> Image.Image:
+    """Decodes an image file's bytes to RGB, or to grey.
 
     JPEGs go through simplejpeg, whose pixels are Pillow's (both are libjpeg-turbo at its exact settings) without
     Pillow's parsing in Python: 2.4 times as fast at 32 px, 1.1 at 224 px. What it cannot read cleanly is Pillow's to
@@ -86,15 +133,15 @@ def decode(data: bytes | memoryview) -> Image.Image:
     Raises:
         ValueError: with the reason, if that fails.
     """
-    if data[:2] == b'\xff\xd8':
+    if data[:2] == b'\xff\xd8' and not reading.exif_orientation:
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             if colorspace in ('YCbCr', 'Gray') and height * width <= (Image.MAX_IMAGE_PIXELS or 2**30):
-                return Image.fromarray(simplejpeg.decode_jpeg(data))  # (H, W, 3)
+                return reading.convert(Image.fromarray(simplejpeg.decode_jpeg(data)))  # (H, W, 3)
         except Exception:  # it does not know every kind of JPEG; then, as for damaged ones, Pillow decides
             pass
     try:
-        return to_rgb(Image.open(io.BytesIO(data)))
+        return reading.convert(Image.open(io.BytesIO(data)))
     except UnidentifiedImageError:
         raise ValueError('it is empty' if len(data) == 0 else 'its format is unknown') from None
     except Exception as err:  # Pillow's readers raise whatever broken bytes lead them to
@@ -104,6 +151,8 @@ def decode(data: bytes | memoryview) -> Image.Image:
 def shrink(data: bytes, size: int) -> bytes:
     """An image file's bytes, or those of a JPEG of quality 95 whose shorter side has `size` pixels if it has more.
 
+    The JPEG keeps the EXIF orientation.
+
     Raises:
         ValueError: with the reason, if it cannot be decoded.
     """
@@ -112,8 +161,10 @@ def shrink(data: bytes, size: int) -> bytes:
     if shorter <= size:
         return data
     width, height = (round(side * size / shorter) for side in image.size)
-    file = io.BytesIO()
-    image.resize((width, height), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=95)
+    file, exif = io.BytesIO(), Image.Exif()
+    with suppress(Exception):  # EXIF data that cannot be parsed says nothing
+        exif[Base.Orientation] = Image.open(io.BytesIO(data)).getexif().get(Base.Orientation, 1)
+    image.resize((width, height), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=95, exif=exif)
     return file.getvalue()
 
 
@@ -135,12 +186,13 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     Args:
         labels: the class index at each position, (n,); None if the subclass has them elsewhere (`_labels`).
         classes: class names in the order of their indices.
-        transform: from an RGB image to what the loader collates.
+        transform: from an image to what the loader collates.
         on_bad_image: 'stop'; 'next', which gives the next good image in a bad one's place; or 'leave out', which gives
             a black image with class index -1, for evaluation to leave out of its counts.
     """
 
     remedy = 'replace or remove it'
+    reading = AS_STORED  # how files become images; to be set before the loaders are made
 
     def __init__(
         self,
@@ -182,7 +234,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def _image(self, position: int) -> Image.Image:
         try:
-            return decode(self._raw(position))
+            return decode(self._raw(position), self.reading)
         except (ValueError, OSError, MemoryError) as err:
             raise BadImageError(
                 f'{self._where(position)} cannot be read as an image ({explain_error(err)}): {self.remedy}, '
@@ -247,7 +299,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         return len(self._raw(self._position(index)))
 
     def load(self, index: int) -> Image.Image:
-        """The image as RGB.
+        """The image, as `reading` says.
 
         Raises:
             BadImageError: with its path, if it cannot be decoded.
@@ -305,7 +357,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
                     self._bad[position] = 1
                     self._check_bad()
             if self.on_bad_image == 'leave out':
-                return Image.new('RGB', (64, 64)), -1
+                return Image.new(self.reading.mode, (64, 64)), -1
         raise InputError(f'no image of {self._where(self._position(index))} and those after it can be read')
 
     def _check_bad(self) -> None:

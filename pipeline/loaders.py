@@ -9,14 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.augment import BatchedAugment
 from pipeline.images import ImageDataset
-from pipeline.transforms import Augmentation, AugmentedImages
+from pipeline.transforms import Augmentation, AugmentedImages, normalization
 from pipeline.workers import check_loader_processes, deadline, ignore_signals
 from samplers import Draw, EvalSampler, TrainBatches
 from utils import SizedLoader, UsageError, log
@@ -93,23 +92,20 @@ class TimedLoader(DataLoader):
 
 
 class Normalize:
-    """Images uint8 (B, 3, H, W) to float32 with ImageNet's mean and standard deviation, as the transforms do."""
+    """Images uint8 (B, channels, H, W) to float32 with `normalization`, as the transforms do."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.mean, self.std = (
-            torch.tensor(values, device=device)[:, None, None]
-            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in normalization(channels))
 
     def __call__(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 class ImageCache:
-    """Images of a data set on the device, uint8 (n, 3, S, S), with their class indices.
+    """Images of a data set on the device, uint8 (n, C, S, S), with their class indices.
 
     Args:
-        dataset: its transform gives uint8 tensors (3, S, S), the same each time.
+        dataset: its transform gives uint8 tensors (C, S, S), the same each time.
         indices: the images, in this order.
         size: S.
         options: of the loader that reads them, once.
@@ -117,7 +113,8 @@ class ImageCache:
 
     def __init__(self, dataset: ImageDataset, indices: Sequence[int], *, size: int, options: LoaderOptions) -> None:
         self.device = options.device
-        self.images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=self.device)
+        shape = (len(indices), dataset.reading.channels, size, size)
+        self.images = torch.empty(shape, dtype=torch.uint8, device=self.device)
         self.targets = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         loader = options.loader(dataset, processes=len(indices) >= FEW_IMAGES, batch_size=256, sampler=indices)
         first = 0
@@ -190,7 +187,7 @@ class CachedEvaluation:
     def __init__(self, cache: ImageCache, *, batch_size: int) -> None:
         self.cache = cache
         self.batch_size = batch_size
-        self.normalize = Normalize(cache.device)
+        self.normalize = Normalize(cache.images.shape[1], cache.device)
 
     def __len__(self) -> int:
         return math.ceil(len(self.cache.images) / self.batch_size)
@@ -255,7 +252,7 @@ def _batched_pipeline(
     if options.augment == 'pil' or (options.augment == 'auto' and large_on_cpu):
         return None
     if augmentation.no_aug:
-        return Normalize(options.device)
+        return Normalize(augmentation.channels, options.device)
     try:
         return BatchedAugment(augmentation, seed=seed, exact=options.exact)
     except UsageError as err:
@@ -334,7 +331,7 @@ def build_loaders(
         assert batches is not None
         pipeline = _batched_pipeline(augmentation, seed=seed, options=options)
         kind = 'pil' if pipeline is None else 'batched, exact' if options.exact else 'batched'
-        image_bytes, room = 3 * augmentation.input_size**2, options.cache_bytes()
+        image_bytes, room = augmentation.channels * augmentation.input_size**2, options.cache_bytes()
         keeps_train = pipeline is not None and augmentation.has_fixed_crop and len(train) * image_bytes <= room
         keeps_val = (len(shard) + keeps_train * len(train)) * image_bytes <= room
         train_loader = _training_loader(

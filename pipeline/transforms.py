@@ -19,12 +19,20 @@ from utils import UsageError, one_line, seed_all
 SMALL_IMAGE = 32  # pixels; up to here a random crop with padding replaces the random resized crop
 
 
+def normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's mean and standard deviation of each channel; for grey images, as in timm, the mean of the three."""
+    values = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, std = values if channels == 3 else ((sum(value) / 3,) for value in values)
+    return mean, std
+
+
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """The settings of the training pipeline, in timm's names. The defaults are those of DeiT's recipe.
 
     Args:
         input_size: pixels.
+        channels: of the images, 3 or 1.
         no_aug: use evaluation's transform in training too.
         hflip: probability of a horizontal flip.
         color_jitter: strength, used where `auto_augment` is not.
@@ -35,6 +43,7 @@ class Augmentation:
     """
 
     input_size: int
+    channels: int = 3
     no_aug: bool = False
     hflip: float = 0.5
     color_jitter: float = 0.4
@@ -50,7 +59,7 @@ class Augmentation:
         return self.input_size <= SMALL_IMAGE
 
     def transform(self, *, train: bool) -> Transform:
-        """The transform from an image to a normalised tensor (3, input_size, input_size).
+        """The transform from an image to a normalised tensor (channels, input_size, input_size).
 
         Training uses timm's; up to 32 px a random crop with padding 4 stands in its random resized crop's place. With
         `resplit`, erasing is left to what sees the batch. Evaluation resizes the shorter side to 256/224 of the size
@@ -59,8 +68,9 @@ class Augmentation:
         Raises:
             UsageError: for a policy or mode that timm does not know.
         """
+        mean, std = normalization(self.channels)
         if not train or self.no_aug:
-            normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            normalize = transforms.Normalize(mean, std)
             return transforms.Compose([*self._resize(), transforms.ToTensor(), normalize])
         try:
             transform = create_transform(
@@ -73,6 +83,8 @@ class Augmentation:
                 re_prob=0.0 if self.resplit else self.re_prob,
                 re_mode=self.re_mode,
                 re_count=self.re_count,
+                mean=mean,
+                std=std,
             )
         except (AssertionError, ValueError, KeyError, NotImplementedError) as err:
             flags = f'--aa {self.auto_augment} --remode {self.re_mode}'
@@ -87,7 +99,7 @@ class Augmentation:
         return self.no_aug or self.is_small
 
     def crop(self, *, train: bool) -> Transform:
-        """What of the pipeline must see an image by itself: to a uint8 tensor (3, input_size, input_size)."""
+        """What of the pipeline must see an image by itself: to a uint8 tensor (channels, input_size, input_size)."""
         if train and not self.has_fixed_crop:
             steps = [RandomResizedCropAndInterpolation(self.input_size, interpolation=self.interpolation)]
         else:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from datasets import DataSource, build_datasets
 from main import main
-from pipeline.images import BadImageError, decode, image_extensions, pack_names
+from pipeline.images import BadImageError, Reading, decode, image_extensions, pack_names, shrink
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 from tests.test_distributed import torchrun
 from utils import InputError
@@ -174,7 +174,7 @@ def test_special_files_are_not_waited_for(make_folder: MakeFolder, monkeypatch: 
         with pytest.raises(BadImageError, match=rf'{number}\.jpg cannot be read as an image \(it .*{reason}'):
             val.load(number)
 
-    def no_memory(data: bytes) -> Image.Image:
+    def no_memory(*_: object) -> Image.Image:
         raise MemoryError
 
     monkeypatch.setattr('pipeline.images.decode', no_memory)
@@ -191,6 +191,53 @@ def test_orientation_is_kept_as_torchvision_keeps_it() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned
     assert decode(encode(Image.new('RGB', (40, 20)), 'JPEG', exif=exif)).size == (40, 20)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'I;16'])
+def test_images_are_turned_where_that_is_asked_for(orientation: int, mode: str) -> None:
+    """Whatever they are stored as; and a smaller copy of one in LMDB is turned as it is."""
+    upright = SMOOTH[:48, :64, 0] if mode != 'RGB' else SMOOTH[:48, :64]
+    inverse: list[Any] = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, lambda a: a.swapaxes(0, 1),
+                          np.rot90, lambda a: np.rot90(a, 2).swapaxes(0, 1), lambda a: np.rot90(a, -1)]  # fmt: skip
+    stored = np.ascontiguousarray(inverse[orientation - 1](upright))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(stored.astype(np.uint16) << 8 if mode == 'I;16' else stored)
+    data = encode(image, 'PNG', exif=exif)
+    found = np.asarray(decode(data, Reading(exif_orientation=True)))
+    np.testing.assert_array_equal(found if mode == 'RGB' else found[..., 0], upright)
+    assert decode(shrink(data, 24), Reading(exif_orientation=True)).size == (32, 24)
+
+
+def test_exif_data_that_cannot_be_parsed_turns_nothing() -> None:
+    data = encode(Image.fromarray(SMOOTH), 'JPEG', exif=b'Exif\0\0not a TIFF header')
+    assert decode(data, Reading(exif_orientation=True)).size == (67, 51)
+
+
+@pytest.mark.parametrize('kind', [np.uint16, np.int32, np.float32])
+def test_a_range_of_values(kind: type) -> None:
+    values: Any = np.linspace(-100 if kind != np.uint16 else 0, 5000, 192).reshape(12, 16).astype(kind)
+    found = np.asarray(decode(tiff(values), Reading(value_range=(100, 4095))))
+    expected = np.rint(((values.astype(float) - 100) * (255 / 3995)).clip(0, 255))
+    np.testing.assert_array_equal(found[..., 1], expected)
+    eight = encode(Image.fromarray(SMOOTH), 'PNG')
+    np.testing.assert_array_equal(np.asarray(decode(eight, Reading(value_range=(100, 4095)))), SMOOTH)
+    with pytest.raises(ValueError, match='16-bit colours are read with eight bits'):
+        decode(deep_png(RAMP.reshape(8, 8, 3)), Reading(value_range=(0, 4095)))
+
+
+def test_grey_images() -> None:
+    """By Pillow's conversion, which leaves grey as it is."""
+    grey = Reading(channels=1)
+    plain = Image.fromarray(SMOOTH)
+    for data in (encode(plain, 'PNG'), encode(plain, 'JPEG'), encode(plain.convert('L'), 'JPEG'),
+                 encode(plain.convert('P'), 'PNG')):  # fmt: skip
+        found = decode(data, grey)
+        assert found.mode == 'L'
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(decode(data).convert('L')))
+    assert decode(encode(plain.convert('CMYK'), 'TIFF'), grey).mode == 'L'
+    assert decode(tiff(RAMP.reshape(12, 16).astype(np.uint16)), grey).mode == 'L'
 
 
 def test_extensions() -> None:

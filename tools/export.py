@@ -72,7 +72,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 def write_torch_export(model: nn.Module, settings: Settings, path: Path, loaded: dict[str, Any]) -> Forward:
     """A program of torch.export, with what describes it as the extra file dhvt.json."""
-    images = torch.randn(3, 3, settings.input_size, settings.input_size)
+    images = torch.randn(3, *settings.shape)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
     torch.export.save(program, path, extra_files={f'{ABOUT}.json': json.dumps(describe(settings))})
     return torch.export.load(path).module()
@@ -91,7 +91,7 @@ def write_onnx(model: nn.Module, settings: Settings, path: Path, loaded: dict[st
 
     program = torch.onnx.export(
         model,
-        (torch.randn(3, 3, settings.input_size, settings.input_size),),
+        (torch.randn(3, *settings.shape),),
         dynamo=True,
         dynamic_shapes=({0: torch.export.Dim('batch')},),
         input_names=['images'],
@@ -115,7 +115,7 @@ def timm_config(model: nn.Module, settings: Settings, path: Path) -> None:
     small = settings.input_size <= SMALL_IMAGE  # evaluation resizes such images whole, whatever their shape
     model.pretrained_cfg = {  # type: ignore[assignment]
         **model.pretrained_cfg,  # type: ignore[dict-item]
-        'input_size': (3, settings.input_size, settings.input_size),
+        'input_size': settings.shape,
         'interpolation': 'bicubic',
         'crop_pct': 1.0 if small else 224 / 256,
         'crop_mode': 'squash' if small else 'center',
@@ -163,12 +163,12 @@ ENDINGS = {'torch-export': '.pt2', 'onnx': '.onnx', 'safetensors': '.safetensors
 TIMM_FILES = {'config.json', 'model.safetensors'}
 
 
-def compare(forward: Forward, model: nn.Module, input_size: int) -> tuple[float, float]:
+def compare(forward: Forward, model: nn.Module, settings: Settings) -> tuple[float, float]:
     """The largest difference of logits on random images, at several batch sizes, and the largest logit."""
     generator = torch.Generator().manual_seed(0)
     differences, logits = [], []
     for batch in BATCH_SIZES:
-        images = torch.randn(batch, 3, input_size, input_size, generator=generator)
+        images = torch.randn(batch, *settings.shape, generator=generator)
         expected = model(images)
         differences.append(float((forward(images) - expected).abs().max()))
         logits.append(float(expected.abs().max()))
@@ -227,7 +227,7 @@ def export(
         made = Path(folder, f'model{ENDINGS[kind]}')
         try:
             forward = FORMATS[kind](model, settings, made, loaded)
-            difference, largest = compare(forward, reference, settings.input_size)
+            difference, largest = compare(forward, reference, settings)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as err:
             raise InputError(f'{settings.name} cannot be written as {kind}: {one_line(err)}') from None
         if not difference <= TOLERANCE * max(largest, 1.0):
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         reference = model
         if args.fold_bn:
-            model, difference = fold_if_equal(model, settings.input_size)
+            model, difference = fold_if_equal(model, settings.input_size, settings.reading.channels)
             print(f'BatchNorms folded; largest difference of logits {difference:.2g}')
         out.parent.mkdir(parents=True, exist_ok=True)
         logging.getLogger('torch.onnx').setLevel(logging.ERROR)

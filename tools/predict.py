@@ -31,7 +31,7 @@ from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, PIXELS, FlagParser, usable_workers
 from config.pretrained import fold_if_equal, load_trained
 from pipeline.files import note_left_out, read_file, walk
-from pipeline.images import Transform, decode, explain_error, pack_names
+from pipeline.images import Reading, Transform, decode, explain_error, pack_names
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from pipeline.transforms import build_transform
 from pipeline.workers import ignore_signals, no_children_left
@@ -159,10 +159,11 @@ def find_parts(inputs: Iterable[str], stream: IO[bytes], complain: Callable[[str
 
 
 class Inputs(Dataset[tuple[int, Tensor | str]]):
-    """The images of all parts, each as a tensor (3, S, S), or the reason why there is none."""
+    """The images of all parts, each as a tensor (C, S, S), or the reason why there is none."""
 
-    def __init__(self, parts: Sequence[_File | _Records], transform: Transform) -> None:
+    def __init__(self, parts: Sequence[_File | _Records], transform: Transform, reading: Reading) -> None:
         self.parts = parts
+        self.reading = reading
         self.transform = transform
         self.ends = list(itertools.accumulate(map(len, parts)))
 
@@ -180,7 +181,7 @@ class Inputs(Dataset[tuple[int, Tensor | str]]):
     def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
         part, index = self._place(number)
         try:
-            return number, self.transform(decode(part.raw(index)))
+            return number, self.transform(decode(part.raw(index), self.reading))
         except (OSError, ValueError, MemoryError, InputError) as err:
             return number, explain_error(err)
 
@@ -233,10 +234,10 @@ def _as_text(file: IO[bytes]) -> Iterator[IO[str]]:
         text.detach()  # or it would close the file
 
 
-def fold_if_possible(model: nn.Module, input_size: int) -> nn.Module:
+def fold_if_possible(model: nn.Module, input_size: int, channels: int = 3) -> nn.Module:
     """A model with its BatchNorms folded; the model itself where that would change its outputs."""
     try:
-        return fold_if_equal(model, input_size)[0]
+        return fold_if_equal(model, input_size, channels)[0]
     except InputError:
         return model
 
@@ -289,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, settings, _ = load_trained(args.checkpoint, ema=args.ema, name=args.model, input_size=args.input_size)
         stored = settings.args.get('amp')
         amp_dtype = find_amp_dtype(args.amp or (stored if stored in PRECISIONS else 'auto'), device)
-        model = fold_if_possible(model, settings.input_size).to(device)
+        model = fold_if_possible(model, settings.input_size, settings.reading.channels).to(device)
         topk = min(args.topk, len(settings.classes))
         skipped = 0
 
@@ -301,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts = find_parts(
             args.inputs, sys.stdin.buffer if '-' in args.inputs and sys.stdin else io.BytesIO(), complain
         )
-        inputs = Inputs(parts, build_transform(train=False, input_size=settings.input_size))
+        transform = build_transform(train=False, input_size=settings.input_size, channels=settings.reading.channels)
+        inputs = Inputs(parts, transform, settings.reading)
         workers = min(usable_workers(args.num_workers), -(-len(inputs) // args.batch_size))
         loader = DataLoader(
             inputs,

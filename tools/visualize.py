@@ -32,7 +32,6 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from PIL import Image, ImageDraw, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -43,10 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, PART, FlagParser
 from config.models import evit_kwargs, keeps_tokens_by_rate
-from config.pretrained import load_trained
+from config.pretrained import Settings, load_trained
 from models.dhvt import DHVT
 from models.evit import EViT
-from pipeline.images import decode
+from pipeline.images import Reading, decode
 from pipeline.transforms import build_transform
 from reports.figures import drawable, set_fonts, shorten_text
 from training import checkpoint as ckpt
@@ -74,14 +73,14 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def read_image(path: str) -> Image.Image:
-    """An image as RGB.
+def read_image(path: str, reading: Reading) -> Image.Image:
+    """An image as the model was trained on it.
 
     Raises:
         InputError: if it cannot be decoded.
     """
     try:
-        return decode(Path(path).read_bytes())
+        return decode(Path(path).read_bytes(), reading)
     except ValueError as err:
         raise InputError(f'{path} cannot be read as an image ({err})') from None
 
@@ -156,8 +155,8 @@ def is_evit(path: str) -> bool:
     return keeps_tokens_by_rate(str(name))
 
 
-def load_attentive(path: str, size: Size | None) -> tuple[DHVT | VisionTransformer, list[str], Size]:
-    """The DHVT or DeiT of a checkpoint in eval mode, its classes, and its images' (height, width), `size` if given.
+def load_attentive(path: str, size: Size | None) -> tuple[DHVT | VisionTransformer, Settings, Size]:
+    """The DHVT or DeiT of a checkpoint in eval mode, its settings, and its images' (height, width), `size` if given.
 
     Raises:
         InputError: if the checkpoint is of another model.
@@ -178,7 +177,7 @@ def load_attentive(path: str, size: Size | None) -> tuple[DHVT | VisionTransform
             model.set_input_size(size)  # of a DeiT the position embedding is resampled
         except ValueError as err:
             raise UsageError(f'--size {size[0]} {size[1]}: {one_line(err)}') from None
-    return model, settings.classes, size
+    return model, settings, size
 
 
 def choose_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
@@ -257,16 +256,17 @@ def draw_attention(pictures: list[Image.Image], names: list[str], seen: list[See
 
 
 def attention(args: argparse.Namespace) -> None:
-    model, classes, (height, width) = load_attentive(args.checkpoint, tuple(args.size) if args.size else None)
+    model, settings, (height, width) = load_attentive(args.checkpoint, tuple(args.size) if args.size else None)
+    classes = settings.classes
     layers = choose_layers(args.layers, len(model.blocks))
     pictures, seen = [], []
     scale = max(1, -(-240 // height))  # shown in more detail than the model sees
     for path in args.images:
-        image = read_image(path)
+        image = read_image(path, settings.reading)
         fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)  # the largest part of that shape
         pixels = pixels_to.to_dtype(pixels_to.pil_to_tensor(fitted), scale=True)
-        seen.append(look(model, pixels_to.normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)[None]))
-        pictures.append(ImageOps.fit(image, (width * scale, height * scale), Image.Resampling.BICUBIC))
+        seen.append(look(model, pixels_to.normalize(pixels, list(settings.mean), list(settings.std))[None]))
+        pictures.append(ImageOps.fit(image.convert('RGB'), (width * scale, height * scale), Image.Resampling.BICUBIC))
     best = [one.probabilities[0].max(dim=0) for one in seen]
     shown, _ = drawable(classes)
     names = [f'{shorten_text(shown[index], 30)}, {value:.1%}' for value, index in best]
@@ -279,8 +279,8 @@ def attention(args: argparse.Namespace) -> None:
 # EViT
 
 
-def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> tuple[EViT, int]:
-    """The EViT of a checkpoint, in eval mode, and its image size in pixels.
+def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> tuple[EViT, Settings]:
+    """The EViT of a checkpoint, in eval mode, and its settings.
 
     Raises:
         InputError: if the checkpoint is not of one.
@@ -290,7 +290,7 @@ def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> t
     given = {'base_keep_rate': base_keep_rate, 'fuse_token': fuse_token or None}
     model, settings, _ = load_trained(path, further=evit_kwargs(given))
     assert isinstance(model, EViT)
-    return model, settings.input_size
+    return model, settings
 
 
 @torch.no_grad()
@@ -343,15 +343,15 @@ def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]]
 
 
 def evit_mask(args: argparse.Namespace) -> None:
-    model, size = load_evit(args.checkpoint, base_keep_rate=args.base_keep_rate, fuse_token=args.fuse_token)
-    transform = build_transform(train=False, input_size=size)
-    mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    model, settings = load_evit(args.checkpoint, base_keep_rate=args.base_keep_rate, fuse_token=args.fuse_token)
+    transform = build_transform(train=False, input_size=settings.input_size, channels=settings.reading.channels)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (settings.mean, settings.std))
     pictures, states = [], []
     for path in args.images:
-        image: Tensor = transform(read_image(path))  # (3, S, S)
+        image: Tensor = transform(read_image(path, settings.reading))  # (C, S, S)
         states.append(find_states(model, image[None]))
         pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
-        pictures.append(pixels.permute(1, 2, 0).numpy())
+        pictures.append(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
     if not states[0]:
         raise UsageError('no block of this model drops tokens: give a --base_keep_rate below 1')
     out = write_png(args.out or 'evit-mask.png', lambda file: draw(pictures, states).save(file, 'PNG'))

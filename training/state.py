@@ -31,7 +31,7 @@ FREE_ARGUMENTS = {
 
 MOST_EPOCHS = 1_000_000
 MODEL_ARGUMENTS = {  # and the data's: with others a checkpoint's weights do not even fit
-    *('model', 'model_kwargs', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'),
+    *('model', 'model_kwargs', 'in_chans', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from utils import InputError, UsageError, count, log, shorten
@@ -167,10 +168,24 @@ def _resample_position_embedding(model: nn.Module, weights: Mapping[str, Tensor]
     return result, f'pos_embed resampled from {side}x{side} to {grid[0]}x{grid[1]}'
 
 
+def _adapt_channels(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for RGB in a model for grey images: of convolutions timm's sum over the channels, of SOPE's first affine
+    the mean."""
+    result = dict(weights)
+    for name, own in model.state_dict().items():
+        given = weights.get(name)
+        if given is None or own.ndim != 4 or own.shape[1] != 1 or given.shape != (own.shape[0], 3, *own.shape[2:]):
+            continue
+        is_affine = own.shape == (1, 1, 1, 1)
+        result[name] = given.mean(1, keepdim=True) if is_affine else adapt_input_conv(1, given)
+    return result
+
+
 def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str, *, partial: bool = False) -> list[str]:
     """Loads what fits and leaves the rest of the model as it is: for fine-tuning with another head.
 
-    A position embedding of another image size is resampled, by timm's function.
+    A position embedding of another image size is resampled, and RGB's weights become those of grey images, by timm's
+    functions.
 
     Args:
         partial: also if that is less than half of the model's weights.
@@ -182,6 +197,7 @@ def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str, *
         InputError: if too little fits; the model is then untouched.
     """
     weights, note = _resample_position_embedding(model, _named_as(model, weights, source))
+    weights = _adapt_channels(model, weights)
     own = model.state_dict()
     reshaped, _, unexpected = _differences(model, weights)
     dropped = {entry.split()[0] for entry in reshaped}

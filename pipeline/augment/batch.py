@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from pipeline.augment.erasing import Erasing, erase, plan_erasing
@@ -16,11 +15,10 @@ from pipeline.augment.pixels import apply_step
 from pipeline.augment.policy import CUBIC_SHARE, OPS, plan_jitter, plan_ops, read_policy
 from pipeline.augment.random_numbers import Purpose, sample_keys, uniforms
 from pipeline.augment.steps import Size, Step, make_step, send
-from pipeline.transforms import Augmentation
+from pipeline.transforms import Augmentation, normalization
 from utils import UsageError
 
 PADDING = 4  # pixels of zeros on each side, for the random crop of small images
-FILL = [round(255 * value) for value in IMAGENET_DEFAULT_MEAN]  # of pixels from outside of the image
 
 
 def apply_op(
@@ -130,17 +128,19 @@ class BatchedAugment:
         """Augments a batch where it lies, without a wait for the device.
 
         Args:
-            images: uint8 (B, 3, H, W); H and W are `input_size` up to 32 px.
+            images: uint8 (B, C, H, W), C of 3 or 1; H and W are `input_size` up to 32 px.
             draws: int64 (B, 3) on the host: image, epoch, repeat, as in `samplers.Draw`.
 
         Returns:
-            float32 (B, 3, H, W), normalised.
+            float32 (B, C, H, W), normalised.
         """
         device, (height, width), expected = images.device, images.shape[2:], self.settings.input_size
         if self.settings.is_small and (height, width) != (expected, expected):
             raise ValueError(f'images of {height}x{width} pixels, {expected}x{expected} are expected')
         if self.exact and device.type == 'mps':
             raise UsageError('--augment-exact needs float64, which MPS does not have')
+        channels = images.shape[1]
+        images = images.expand(-1, 3, -1, -1)  # grey as three equal channels, which every op leaves equal
         plan = self.plan(draws.numpy(), (height, width))
         arrays = [plan.top, plan.left, plan.flip.astype(np.int64)]
         arrays += [array for steps in plan.steps for step in steps for array in (step.index, step.values)]
@@ -158,16 +158,15 @@ class BatchedAugment:
         out.div_(divisor).sub_(mean).div_(std) if self.exact else out.sub_(mean * divisor).mul_(1 / (std * divisor))
         if plan.erasing is not None:
             erase(out, plan.erasing, *sent, noise=self.settings.re_mode == 'pixel')
-        return out
+        return out[:, :channels].contiguous()
 
     def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fill colour, 255, the means and the deviations on a device."""
         if device not in self._constants:
-            divisor, mean, std = (
-                torch.tensor(values).view(-1, 1, 1).to(device)
-                for values in ([255.0], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-            )
-            self._constants[device] = (torch.tensor(FILL, dtype=torch.uint8).to(device), divisor, mean, std)
+            values = normalization(self.settings.channels)
+            divisor, mean, std = (torch.tensor(v).view(-1, 1, 1).to(device) for v in ([255.0], *values))
+            fill = (mean * 255).round().to(torch.uint8).flatten().expand(3)  # of pixels from outside of the image
+            self._constants[device] = (fill, divisor, mean, std)
         return self._constants[device]
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
