@@ -31,6 +31,15 @@ def shortcut(axes: Axes, left: float, right: float, middle: float, top: float) -
     arrow(axes, (right, top), (right, middle + 0.14))
 
 
+def draw_steps(axes: Axes, top: float, bottom: float, title: str, *steps: tuple[str, str]) -> None:
+    """Boxes beside each other, of text and colour, with arrows between them, below a title at `top`."""
+    axes.text(0.2, top, title, fontsize=10, weight='bold')
+    for number, (text, color) in enumerate(steps):
+        box(axes, 0.2 + 2.75 * number, bottom, 2.35, 0.8, text, color)
+        if number:
+            arrow(axes, (2.75 * number - 0.2, bottom + 0.4), (2.75 * number + 0.2, bottom + 0.4))
+
+
 def draw() -> Figure:
     figure = Figure(figsize=(11, 5.2), dpi=150)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -50,42 +59,26 @@ def draw() -> Figure:
     box(axes, 9.5, row - 0.4, 1.3, 0.8, 'LayerNorm,\nhead on the\nclass token', GREY)
     for x in (6.3, 8.9):
         axes.text(x, row, '+', ha='center', va='center', fontsize=14, bbox={'boxstyle': 'circle,pad=0.12', 'fc': 'white', 'ec': LINE})  # fmt: skip  # noqa: E501
-    for start, end in (
-        (1.7, 2.05),
-        (3.3, 3.9),
-        (4.8, 5.0),
-        (5.95, 6.14),
-        (6.46, 6.7),
-        (7.6, 7.8),
-        (8.55, 8.74),
-        (9.06, 9.5),
-    ):
+    starts, ends = (1.7, 3.3, 4.8, 5.95, 6.46, 7.6, 8.55, 9.06), (2.05, 3.9, 5.0, 6.14, 6.7, 7.8, 8.74, 9.5)
+    for start, end in zip(starts, ends, strict=True):
         arrow(axes, (start, row), (end, row))
     shortcut(axes, 3.72, 6.3, row, row + 0.55)
     shortcut(axes, 6.58, 8.9, row, row + 0.55)
 
-    axes.text(0.2, 2.95, 'Head-interacted self-attention (HI-MHSA)', fontsize=10, weight='bold')
-    steps = (
+    draw_steps(
+        axes, 2.95, 1.95, 'Head-interacted self-attention (HI-MHSA)',
         ('mean of all tokens,\ncut into h heads', GREY),
         ('one head token\nfor each head', ORANGE),
         ('attention of class,\npatch and head tokens', BLUE),
         ('mean of the head tokens,\nadded to the class token;\nthey are dropped', ORANGE),
-    )
-    for number, (text, color) in enumerate(steps):
-        box(axes, 0.2 + 2.75 * number, 1.95, 2.35, 0.8, text, color)
-        if number:
-            arrow(axes, (2.75 * number - 0.2, 2.35), (2.75 * number + 0.2, 2.35))
-    axes.text(0.2, 1.45, 'Dynamic aggregation feed-forward (DAFF)', fontsize=10, weight='bold')
-    steps = (
+    )  # fmt: skip
+    draw_steps(
+        axes, 1.45, 0.4, 'Dynamic aggregation feed-forward (DAFF)',
         ('patch tokens as a map:\n1x1 convolution', GREY),
         ('depthwise 3x3 convolution\nwith a shortcut', GREEN),
         ('1x1 convolution:\nthe new patch tokens', GREY),
-        ('their mean gives the weights\nof the class token\'s channels', ORANGE),
+        ("their mean gives the weights\nof the class token's channels", ORANGE),
     )  # fmt: skip
-    for number, (text, color) in enumerate(steps):
-        box(axes, 0.2 + 2.75 * number, 0.4, 2.35, 0.8, text, color)
-        if number:
-            arrow(axes, (2.75 * number - 0.2, 0.8), (2.75 * number + 0.2, 0.8))
     return figure
 
 

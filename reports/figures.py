@@ -341,7 +341,7 @@ def draw_classes(accuracy: np.ndarray, labels: Sequence[str], mean: float) -> Pi
     return _save(figure, 'classes', 'Accuracy by class', legend)
 
 
-def draw_rows(title: str, rows: Mapping[str, Sequence[float]], paper: Sequence[float]) -> Picture:
+def draw_rows(title: str, rows: Mapping[str, Sequence[float]], paper: Sequence[float | None]) -> Picture:
     """A table of ablations: a bar for each row's mean, with its deviation (of a sample), and each run as a dot.
 
     Args:
@@ -350,7 +350,7 @@ def draw_rows(title: str, rows: Mapping[str, Sequence[float]], paper: Sequence[f
     """
     done = [(place, values) for place, values in enumerate(rows.values()) if values]
     dots = [(value, place) for place, values in done for value in values]
-    marks = list(zip(paper, range(len(paper)), strict=True))
+    marks = [(value, place) for place, value in enumerate(paper) if value is not None]
     shown = [value for value, _ in (*marks, *dots)] or [0.0]
     low = max(5 * ((min(shown) - 4) // 5), 0)
     figure, axes = _figure(8, 1.3 + 0.42 * len(rows))

@@ -42,9 +42,8 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
     losses = [run.result(name, best=False) for name in ('train_loss', 'test_loss')]
     logged = run.result('n_parameters', best=False)
     parameters = cost[0] if cost else int(logged.value) if logged else None
-    times = ('images_per_second', 'data_seconds', 'train_seconds', 'test_seconds')
-    rates, waits, trains, tests = ([*filter(math.isfinite, run.series(name)[1])] for name in times)
-    train = sum(trains)
+    rates = [*filter(math.isfinite, run.series('images_per_second')[1])]
+    waiting, train = run.total('data_seconds'), run.total('train_seconds')
     better = {True: '; the average was best', False: '; the model was best', None: ''}[run.average_is_best]
     of_average = '; the moving average' if run.test.get('weights') == 'model_ema' else ''
     return [
@@ -57,8 +56,10 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
         Fact('parameters', f'{parameters:,}' if parameters else '–'),
         Fact('multiply-adds an image', f'{cost[1] / 1e9:.3f} G' if cost else '–'),
         Fact('images a second, median', f'{statistics.median(rates):,.0f}' if rates else '–'),
-        Fact('training time lost to data', f'{sum(waits) / train:.1%}' if waits and train else '–'),
-        Fact('time, training and test', format_seconds(train + sum(tests)) if train else '–'),
+        Fact(
+            'training time lost to data', f'{waiting / train:.1%}' if train and run.series('data_seconds')[0] else '–'
+        ),
+        Fact('time, training and test', format_seconds(run.total('train_seconds', 'test_seconds')) if train else '–'),
     ]
 
 

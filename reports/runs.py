@@ -136,6 +136,10 @@ class LoggedRun:
         pairs = [(line['epoch'], line[name]) for line in (*self.lines, *self.timings) if name in line]
         return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
+    def total(self, *names: str) -> float:
+        """The sum over the epochs of the values of these names."""
+        return sum(value for name in names for value in self.series(name)[1] if math.isfinite(value))
+
     def result(self, name: str, *, best: bool = True) -> Best | None:
         """The highest value of this name, the first of equals, or the last, and its epoch; None if there is none."""
         epochs, values = self.series(name)

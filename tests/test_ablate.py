@@ -28,6 +28,7 @@ from tools import ablate
 from tools.ablate import TABLES
 
 TINY_RUN = [*PLAIN, '--data-set', 'DIGITS', '--epochs', '1', '--model-kwargs', 'embed_dim=16', 'depth=1', 'num_heads=2']
+PAPER = ('5', '6', '8', '9', '10', '11', 'affines')  # tables with published figures
 DEPTH, PATCHES, CLASSES = 12, 64, 100
 VIT = {'stem': 'patch', 'attention': 'plain', 'feed_forward': 'mlp'}
 DEIT = {**VIT, 'pos_embed': 'learn'}
@@ -59,7 +60,7 @@ def parameters(kwargs: dict[str, Any], *, width: int, heads: int) -> int:
     return stem + width + positions + blocks + 2 * width + width * CLASSES + CLASSES
 
 
-@pytest.mark.parametrize('name', TABLES)
+@pytest.mark.parametrize('name', PAPER)
 def test_parameters_of_each_row(name: str) -> None:
     table = TABLES[name]
     for row in table.rows:
@@ -82,7 +83,7 @@ def test_formulas_know_the_published_counts() -> None:
 def test_number_of_rows() -> None:
     assert TABLES['5'].rows[0].kwargs == DEIT and TABLES['10'].rows[3].kwargs == {'num_heads': 6}
     assert TABLES['9'].rows[2].kwargs == {'shortcut': False}
-    assert {name: len(table.rows) for name, table in TABLES.items()} == {
+    assert {name: len(TABLES[name].rows) for name in PAPER} == {
         '5': 8, '6': 4, '8': 3, '9': 3, '10': 5, '11': 12, 'affines': 2
     }  # fmt: skip
     assert [row.batch for row in TABLES['11'].rows] == [128, 256, 512] * 4
@@ -353,6 +354,35 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytes
     assert code == 0 and out.count('finished before') == 4
     code, _, err = run(capsys, *argv[:-2])
     assert code == 1 and 'has a run of other folds' in err
+
+
+def test_a_table_of_recipes(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that differ in flags of main.py, without published figures; each has what its runs cost."""
+    table = ablate.read_table(
+        'Recipes', ' '.join([*PLAIN, '--data-set DIGITS --epochs 1 --batch-size 7']), [{'name': 'slow', 'paper': None},
+        {'name': 'fast', 'flags': '--epochs 2 --lr=2e-3', 'batch': 128}], fixed='--sched',
+        model='dhvt_tiny_cifar_patch4', batch=256,
+    )  # fmt: skip
+    assert table.fixed == {'--epochs', '--lr', '--sched'}
+    monkeypatch.setitem(TABLES, 'recipes', table)
+    monkeypatch.setattr(ablate.Child, 'run', run_inside)
+    argv = ['recipes', '--seeds', '0', '--output', tmp_path, '--model-kwargs', 'embed_dim=16', 'depth=1', 'num_heads=2']
+    code, _, err = run(capsys, *argv, '--epochs', '3')
+    assert code == 2 and "--epochs is what this table's rows differ in" in err
+    code, out, err = run(capsys, *argv)
+    assert code == 0 and 'paper' not in out and 'Here: DIGITS, 1 epoch; DIGITS, 2 epochs.' in out, err
+    for number, name, epochs, batch, lr in ((1, 'slow', 1, 256, 5e-4), (2, 'fast', 2, 128, 2e-3)):
+        folder = tmp_path / f'{number}-{name}' / 'seed0'
+        args = ablate.read_run(folder).args
+        assert (args['epochs'], args['batch_size'], args['lr']) == (epochs, batch, lr)
+        timings = [json.loads(line) for line in (folder / 'timing.txt').read_text().splitlines()]
+        images = sum(line['train_images'] for line in timings)
+        seconds = round(sum(line['train_seconds'] + line['test_seconds'] for line in timings))
+        assert images >= 1280 * epochs and f'| {images:,} | 0:00:{seconds:02d} |' in out
+    with (tmp_path / 'table.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['flags'] for row in rows] == ['', '--epochs 2 --lr=2e-3'] and rows[1]['paper'] == ''
+    assert float(rows[1]['images']) == images
 
 
 def test_progress_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

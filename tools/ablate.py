@@ -11,7 +11,7 @@ After each run DIR/table.md, table.csv and table.png are written. A run counts w
 one that holds images out, as with folds, with its best checkpoint's on the test images. A row has the mean of its runs,
 over seeds and folds, their standard deviation (of a sample, n-1) and the best of them.
 
-tools/ablations.csv has the rows; docs/tools.md says what is done where the paper leaves something open.
+tools/ablations.yaml has the tables; docs/tools.md says what is done where the paper leaves something open.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import yaml
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,15 +50,11 @@ from reports.runs import LoggedRun, read_run
 from training import checkpoint as ckpt
 from training.signals import Interrupted, Interrupts
 from training.state import different_arguments
-from utils import InputError, UsageError, num_usable_cores
+from utils import InputError, UsageError, format_seconds, num_usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = 'console.log'
 LOOK_EVERY, LINE_EVERY = 5.0, 300.0  # seconds between looks at a run, and between lines where there is no terminal
-RECIPE = [
-    *('--data-set', 'CIFAR', '--data-path', 'data/cifar', '--input-size', '32', '--epochs', '300'),
-    *('--warmup-epochs', '10', '--lr', '1e-3', '--dist-eval', '--checkpoint-every', '10m'),
-]
 OWN_FLAGS = {  # which this program gives main.py itself
     *('--output-dir', '--seed', '--auto-resume', '--no-auto-resume', '--resume', '--eval', '--only-test-speed'),
     *('--start-epoch', '--export-safetensors', '--model-kwargs', '--fold'),
@@ -65,38 +62,38 @@ OWN_FLAGS = {  # which this program gives main.py itself
 
 
 class Row(NamedTuple):
-    """A model and how it is trained. `paper` is the published top-1 in percent, `batch` all processes' together."""
+    """A model and how it is trained. `batch` is all processes' together, `paper` the published top-1 in percent."""
 
     name: str
-    paper: float
     model: str
     batch: int
-    options: tuple[str, ...]  # of --model-kwargs
+    flags: str = ''  # of main.py, after the table's
+    options: str = ''  # of --model-kwargs
+    paper: float | None = None
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return dict(parse_args(['--model-kwargs', *self.options]).model_kwargs)
+        return dict(parse_args(['--model-kwargs', *self.options.split()]).model_kwargs)
 
 
 class Table(NamedTuple):
     title: str
+    flags: list[str]
     rows: list[Row]
-    fixed: tuple[str, ...]  # flags that the rows differ in
+    fixed: set[str]  # flags that the rows differ in
 
 
-TITLES = {
-    '5': 'Table 5: position embedding, SOPE, DAFF',
-    '6': 'Table 6: head tokens',
-    '8': 'Table 8: from ViT towards DAFF',
-    '9': 'Table 9: the parts of DAFF',
-    '10': 'Table 10: heads',
-    '11': 'Table 11: norm in SOPE - norm in DAFF',
-    'affines': 'The affines of SOPE',
+def read_table(title: str, flags: str, rows: Sequence[dict[str, Any]], fixed: str = '', **common: Any) -> Table:
+    """A table of ablations.yaml. `common` is what the rows have that do not say otherwise."""
+    words = [*fixed.split(), *(word for row in rows for word in shlex.split(row.get('flags', '')))]
+    differ = {word.partition('=')[0] for word in words if word.startswith('--')}
+    return Table(title, shlex.split(flags), [Row(**{**common, **row}) for row in rows], differ)
+
+
+TABLES = {
+    name: read_table(**table)
+    for name, table in yaml.safe_load((ROOT / 'tools' / 'ablations.yaml').read_text())['tables'].items()
 }
-FIXED = {'10': ('--model',), '11': ('--batch-size', '--accum-steps')}
-TABLES = {name: Table(title, [], FIXED.get(name, ())) for name, title in TITLES.items()}
-for _name, _row, _paper, _model, _batch, _options in list(csv.reader((ROOT / 'tools' / 'ablations.csv').open()))[1:]:
-    TABLES[_name].rows.append(Row(_row, float(_paper), _model, int(_batch), tuple(_options.split())))
 
 
 def get_args_parser() -> FlagParser:
@@ -122,7 +119,7 @@ def row_folder(output: Path, table: Table, row: Row) -> Path:
     return output / f'{number}-{re.sub("[^a-z0-9]+", "-", row.name.lower()).strip("-")}'
 
 
-def run_flags(row: Row, folder: Path, args: argparse.Namespace, further: Sequence[str]) -> list[str]:
+def run_flags(table: Table, row: Row, folder: Path, args: argparse.Namespace, further: Sequence[str]) -> list[str]:
     """main.py's flags for one run, whose folder's name has the seed, and the fold if there are any.
 
     Raises:
@@ -130,10 +127,11 @@ def run_flags(row: Row, folder: Path, args: argparse.Namespace, further: Sequenc
     """
     if row.batch % args.nproc:
         raise UsageError(f'--nproc {args.nproc} processes cannot share a total batch of {row.batch}')
-    options = [*row.options, *args.model_kwargs]
+    options = [*row.options.split(), *args.model_kwargs]
     numbers = zip(('--seed', '--fold', '--folds'), re.findall(r'\d+', folder.name), strict=False)
     return [
-        *('--model', row.model, *RECIPE, '--batch-size', str(row.batch // args.nproc), *further),
+        *('--model', row.model, *table.flags, '--batch-size', str(row.batch // args.nproc)),
+        *(*shlex.split(row.flags), *further),
         *(['--model-kwargs', *options] if options else []),
         *(part for pair in numbers for part in pair),
         *('--output_dir', str(folder), '--auto-resume'),
@@ -157,7 +155,7 @@ def check_further(table: Table, further: Sequence[str], kwargs: Sequence[str]) -
             raise UsageError(f'{name} is set by ablate.py')
         if arg.startswith('--') and name in table.fixed:
             raise UsageError(f"{name} is what this table's rows differ in")
-    taken = {option.partition('=')[0] for row in table.rows for option in row.options}
+    taken = {option.partition('=')[0] for row in table.rows for option in row.options.split()}
     for text in kwargs:
         if text.partition('=')[0] in taken:
             raise UsageError(f"--model-kwargs {text}: this is what this table's rows differ in")
@@ -218,31 +216,53 @@ def describe_training(run: LoggedRun) -> str:
 
 
 def figures_of(row: Row, runs: Mapping[str, tuple[float, LoggedRun]]) -> dict[str, Any]:
-    """A line of table.csv, of a row's finished runs."""
+    """A line of table.csv, of a row's finished runs. `images` seen in training and `seconds` are means over them."""
     values = [accuracy for accuracy, _ in runs.values()]
     parameters = {int(entry.value) for _, run in runs.values() if (entry := run.result('n_parameters')) is not None}
+    images, seconds = (  # None of runs that have not logged them
+        statistics.fmean(run.total(*names) for _, run in runs.values()) or None if runs else None
+        for names in (('train_images',), ('train_seconds', 'test_seconds'))
+    )
     return {
         'row': row.name,
         'model': row.model,
-        'options': ' '.join(row.options),
+        'options': row.options,
+        'flags': row.flags,
         'parameters': max(parameters, default=None),
         'runs': len(values),
         'mean': statistics.fmean(values) if values else None,
         'sd': statistics.stdev(values) if len(values) > 1 else None,
         'best': max(values, default=None),
         'paper': row.paper,
+        'images': images,
+        'seconds': seconds,
         'seeds': ' '.join(f'{name}:{accuracy:.4f}' for name, (accuracy, _) in runs.items()),
     }
 
 
 def to_markdown(heading: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    rows = [['row', 'parameters', 'runs', 'top-1, mean ± sd', 'best', 'paper (CIFAR-100, 300 epochs)'], ['---'] * 6]
+    """The table; without a column of the paper's where it has no figures."""
+
+    def show(form: str, value: float | None) -> str:
+        return '' if value is None else form.format(value)
+
+    rows = []
     for line in lines:
-        parameters = f'{line["parameters"]:,}' if line['parameters'] else ''
-        mean, best = (f'{line[name]:.2f}' if line['runs'] else '' for name in ('mean', 'best'))
-        spread = f' ± {line["sd"]:.2f}' if line['sd'] is not None else ''
-        rows.append([line['row'], parameters, str(line['runs']), mean + spread, best, f'{line["paper"]:.2f}'])
-    return '\n'.join([heading, '', *(f'| {" | ".join(row)} |' for row in rows), ''])
+        cells = {
+            'row': line['row'],
+            'parameters': show('{:,}', line['parameters']),
+            'runs': str(line['runs']),
+            'top-1, mean ± sd': show('{:.2f}', line['mean']) + show(' ± {:.2f}', line['sd']),
+            'best': show('{:.2f}', line['best']),
+            'paper (CIFAR-100, 300 epochs)': show('{:.2f}', line['paper']),
+            'images seen': show('{:,.0f}', line['images']),
+            'time, training and test': format_seconds(line['seconds']) if line['seconds'] else '',
+        }
+        if all(line['paper'] is None for line in lines):
+            del cells['paper (CIFAR-100, 300 epochs)']
+        rows.append(cells)
+    texts = [[*rows[0]], ['---'] * len(rows[0]), *([*cells.values()] for cells in rows)]
+    return '\n'.join([heading, '', *(f'| {" | ".join(cells)} |' for cells in texts), ''])
 
 
 def write_table(table: Table, output: Path) -> str:
@@ -373,17 +393,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = [(row, name, row_folder(output, table, row) / name.replace(', ', '-').replace(' ', ''))
                 for name in names for row in table.rows]  # fmt: skip
         for row, _, folder in runs[: len(table.rows)]:  # before anything runs
-            own = parse_args(run_flags(row, folder, args, further))
+            own = parse_args(run_flags(table, row, folder, args, further))
             build_model(own, own.nb_classes or find_info(own.data_set).num_classes)
         if args.dry_run:
             for row, _, folder in runs:
-                print(shlex.join(command_of(run_flags(row, folder, args, further), args.nproc)))
+                print(shlex.join(command_of(run_flags(table, row, folder, args, further), args.nproc)))
             return
         for row in table.rows:
             for folder in row_folder(output, table, row).glob('seed*'):
                 if folder.name.partition('of')[2] != str(args.folds or ''):
                     raise InputError(f'{folder} has a run of other folds. Choose another --output')
-                check_same(folder, run_flags(row, folder, args, further), args.nproc)
+                check_same(folder, run_flags(table, row, folder, args, further), args.nproc)
         output.mkdir(parents=True, exist_ok=True)
         for number, (row, name, folder) in enumerate(runs, 1):
             what = f'run {number} of {len(runs)}: {row.name}, {name}'
@@ -391,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f'{what}: finished before', flush=True)
                 continue
             print(f'{what} … {folder / LOG}', flush=True)
-            accuracy = run_one(what, run_flags(row, folder, args, further), folder=folder, nproc=args.nproc)
+            accuracy = run_one(what, run_flags(table, row, folder, args, further), folder=folder, nproc=args.nproc)
             print(f'{what}: best top-1 {accuracy:.2f}%', flush=True)
             write_table(table, output)
         print(write_table(table, output), end='')

@@ -192,7 +192,6 @@ def get_args_parser() -> FlagParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     args, common = get_args_parser().parse_known_args(argv)
     with one_line_errors('benchmark.py'), no_children_left():
         variants = [parse_variant(text) for text in (args.baseline, *args.candidate)]

@@ -159,7 +159,6 @@ def measure_rates(images: Sequence[Image.Image], aa: str, seed: int, rounds: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors('benchmark_augment.py'):
         device = find_device(args.device, process=Process())

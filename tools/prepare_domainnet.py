@@ -158,7 +158,6 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     root, out = Path(args.root), Path(args.out)
     with one_line_errors('prepare_domainnet.py'):

@@ -359,7 +359,6 @@ def evit_mask(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors('visualize.py'):
         for name in ('base_keep_rate', 'fuse_token') if args.what == 'attention' else ('layers', 'size'):
