@@ -72,7 +72,8 @@ def test_benchmark_of_data(  # type: ignore[no-untyped-def]
     root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=8)
     benchmark_data.main(['speed', str(root), '--rounds', '1', '--workers', '1'])
     rows = [line for line in capsys.readouterr().out.splitlines() if '| 1 |' in line]
-    assert len(rows) == 9 and sum('| ImageFolder |' in line for line in rows) == 3
+    assert len(rows) == 16 and sum('| ImageFolder |' in line for line in rows) == 4
+    assert sum('| LMDB, --max-size 36 |' in line for line in rows) == 4
     assert sorted(path.name for path in root.iterdir()) == ['train', 'val']
     with pytest.raises(SystemExit) as stop:
         benchmark_data.main(['speed'])

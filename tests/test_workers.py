@@ -5,10 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
+from datasets import DataSource, build_datasets
+from pipeline.loaders import LoaderOptions, build_loaders
+from pipeline.transforms import Augmentation
+from pipeline.workers import no_children_left
+from samplers import EvalSampler, TrainBatches
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 
 RUN = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--num_workers', '2', '--augment', 'pil', '--epochs', '1']
@@ -35,3 +47,36 @@ def test_a_low_limit_is_raised_as_far_as_it_may() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout == 'right\n', done.stderr
+
+
+def put_together(collate: Callable[[Any], list[Tensor]], made: Tensor, samples: Any) -> list[Tensor]:
+    """The loader's own collation, in a loader process."""
+    batch = collate(samples)
+    assert batch[0].is_shared(), 'the batch is copied again to be handed over'
+    made[get_worker_info().id] += 1
+    return batch
+
+
+def test_eight_processes_keep_ahead_of_a_slow_step(make_folder: Callable[..., Path]) -> None:
+    """Batches are made in shared memory, and two for each process are ready before a slow step ends, not more."""
+    workers, batch_size = 8, 4
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']}, images=60, size=40)
+    splits = build_datasets(DataSource('FOLDER', str(root)))
+    assert splits.train is not None
+    augmented: Any = build_loaders(
+        splits.train, splits.val, batches=TrainBatches(120, batch_size=batch_size), shard=EvalSampler(splits.val),
+        eval_batch_size=8, augmentation=Augmentation(input_size=36), seed=0,
+        options=LoaderOptions(device=torch.device('cpu'), workers=workers, augment='batched'),
+    )[0]  # fmt: skip
+    loader = augmented.loader
+    made = torch.zeros(workers, dtype=torch.int64).share_memory_()
+    loader.collate_fn = partial(put_together, loader.collate_fn, made)
+    with no_children_left():
+        for step, (images, _) in enumerate(loader):
+            assert images.is_shared() and images.dtype == torch.uint8 and images.shape == (batch_size, 3, 36, 36)
+            ready = min(step + 1 + 2 * workers, len(loader))
+            late = time.monotonic() + 60
+            while made.sum() < ready and time.monotonic() < late:  # the step
+                time.sleep(0.01)
+            assert made.sum() == ready
+        assert step == 29

@@ -132,9 +132,9 @@ def prepare(what: str, flags: Sequence[str]) -> Pass:
     average = MovingAverage(model, decay=args.model_ema_decay) if args.model_ema else None
 
     def train(number: int) -> int:
-        batches = Batches(batch, number)
+        batches = Batches(batch, number * args.accum_steps)
         train_one_epoch(trained, batches, optimizer, scaler, settings, epoch=0, model_ema=average)
-        return number * size
+        return len(batches) * size
 
     return train
 

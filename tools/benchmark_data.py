@@ -6,11 +6,13 @@
 `speed` reads every image once beforehand, so the files are in the page cache. It then measures all ways in turn, round
 after round, and prints for each the median rate and the median of its ratios to ImageFolder in the same round. Each
 process goes through a share of its own, in random order, and hands nothing over: this is the work of a loader process
-without the cost of sending batches.
+without the cost of sending batches. For a GPU that work ends with the crop. The second LMDB file is that of
+`folder2lmdb.py --max-size`, 256 at 224 px.
 """
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import statistics
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -37,9 +40,10 @@ from config.flags import FROM_ONE, FlagParser
 from datasets import DataSource, build_datasets
 from folder2lmdb import write_lmdb
 from pipeline.file_dataset import FileDataset
+from pipeline.images import Transform
 from pipeline.layouts import Split
 from pipeline.lmdb_dataset import ImageFolderLMDB
-from pipeline.transforms import build_transform
+from pipeline.transforms import Augmentation
 from utils import InputError, UsageError, one_line
 
 CONTEXT = multiprocessing.get_context('fork')
@@ -111,43 +115,41 @@ def speed(folder: Path, input_size: int, images: int | None, rounds: int, worker
     files.select(np.random.default_rng(0).permutation(len(files))[:images])
     size = sum(len(files.raw(number)) for number in range(images)) / images
     print(f'{folder}: {images:,} images, {size:,.0f} bytes on average; {rounds} rounds, page cache warm')
-    transform = build_transform(train=True, input_size=input_size)
-    numbers: Any = files._selected
+    augmentation = Augmentation(input_size=input_size)
+    whole, crop = augmentation.transform(train=True), augmentation.crop(train=True)
+    smaller = int(256 / 224 * input_size)
+    names = (*KINDS, f'LMDB, --max-size {smaller}')
 
     with tempfile.TemporaryDirectory() as temporary, open(os.devnull, 'w') as null:
-        path = Path(temporary, 'train.lmdb')
-        rates = []
-        for _ in range(rounds):
-            began = time.perf_counter()
+        stores = []
+        for max_size in (None, smaller):
+            path = Path(temporary, f'{max_size}.lmdb')
             with redirect_stderr(null):  # the progress bar
-                write_lmdb(files, path, data_set='FOLDER', workers=2)
-            rates.append(images / (time.perf_counter() - began))
-        print(f'Building the LMDB file, 2 readers and a writer: {statistics.median(rates):,.0f} images/s\n')
-        records = ImageFolderLMDB(path)
-        root = str(folder / 'train')
-        raw, plain, full = (
-            ImageFolder(root, loader=loader, transform=change)
-            for loader, change in ((read_bytes, None), (default_loader, None), (default_loader, transform))
-        )
-        full_files = build_datasets(DataSource('FOLDER', str(folder), layout='folder')).train
-        assert full_files is not None
-        full_files.transform = transform
-        full_files.select(numbers)
-        full_records = ImageFolderLMDB(path, transform)
-        for image_folder in (raw, plain, full):
-            image_folder.samples = list(files.samples)  # the same images, in the same order
-        ways: dict[str, tuple[Callable[[int], Any], ...]] = {  # by KINDS; LMDB's bytes as the decoder reads them
-            'raw bytes': (raw.__getitem__, files.raw, records._raw),
-            'decoded': (plain.__getitem__, files.__getitem__, records.__getitem__),
-            f'training transform, {input_size} px': (
-                full.__getitem__, full_files.__getitem__, full_records.__getitem__
-            ),
-        }  # fmt: skip
+                write_lmdb(files, path, data_set='FOLDER', max_size=max_size, workers=2)
+            stores.append(ImageFolderLMDB(path))
+
+        def from_folder(loader: Callable[[str], Any], transform: Transform | None) -> Callable[[int], Any]:
+            dataset = ImageFolder(str(folder / 'train'), loader=loader, transform=transform)
+            dataset.samples = list(files.samples)  # the same images, in the same order
+            return dataset.__getitem__
+
+        def ours(transform: Transform | None) -> list[Callable[[int], Any]]:
+            found = [copy.copy(dataset) for dataset in (files, *stores)]
+            for dataset in found:
+                dataset.transform = transform
+            return [dataset.__getitem__ for dataset in found]
+
+        ways: dict[str, tuple[Callable[[int], Any], ...]] = {  # by names; LMDB's bytes as the decoder reads them
+            'raw bytes': (from_folder(read_bytes, None), files.raw, *(store._raw for store in stores)),
+            'decoded': (from_folder(default_loader, None), *ours(None)),
+            "decoded, cropped; ImageFolder: timm's whole transform": (from_folder(default_loader, whole), *ours(crop)),
+            f'training transform, {input_size} px': (from_folder(default_loader, whole), *ours(whole)),
+        }
         print('| | processes | from | images/s | per core | ratio |\n|---|---|---|---|---|---|')
         for title, functions in ways.items():
             for processes in workers:
                 found = [[rate(function, images, processes) for function in functions] for _ in range(rounds)]
-                for number, name in enumerate(KINDS):
+                for number, name in enumerate(names):
                     middle = statistics.median(rates[number] for rates in found)
                     ratio = statistics.median(rates[number] / rates[0] for rates in found)
                     row = (title, processes, name, f'{middle:,.0f}', f'{middle / processes:,.0f}', f'{ratio:.2f}')
@@ -176,12 +178,8 @@ def synthetic_files(folder: Path, images: int) -> FileDataset:
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function in a new process, whose memory goes with it."""
-    answer = CONTEXT.Queue()
-    process = CONTEXT.Process(target=lambda: answer.put(function(*args)))
-    process.start()
-    result = answer.get()
-    process.join()
-    return result
+    with ProcessPoolExecutor(1, CONTEXT) as pool:
+        return pool.submit(function, *args).result()
 
 
 def write_synthetic(folder: Path, images: int, path: Path) -> None:
