@@ -322,3 +322,21 @@ def test_file_data_sets_reach_processes_however_they_start(make_folder: MakeFold
     assert train is not None
     loader = DataLoader(train, batch_size=3, num_workers=1, collate_fn=_targets, multiprocessing_context=context)
     assert list(loader) == [[0, 0, 0], [1, 1, 1]]
+
+
+LARGE = """
+import sys
+from PIL import Image
+from pipeline.images import decode
+Image.MAX_IMAGE_PIXELS = 1000
+data = open(sys.argv[1], 'rb').read()
+assert [decode(data).size for _ in range(2)] == [(40, 30)] * 2
+"""
+
+
+def test_a_large_image_is_one_line(tmp_path: Path) -> None:
+    Image.new('RGB', (40, 30)).save(tmp_path / 'x.png')
+    done = subprocess.run([sys.executable, '-c', LARGE, str(tmp_path / 'x.png')], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0 and done.stderr.startswith('Note: an image of 40 x 30 pixels'), done.stderr
+    assert done.stderr.count('\n') == 1
