@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -75,21 +76,25 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], *, previous: Pa
     Raises:
         OSError: if the disk is full or the folder cannot be written; the old file is untouched.
     """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix=TEMPORARY, delete=False) as file:
-        try:
+    if path.is_dir():  # else the error, when the work is done, would have the temporary name
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix=TEMPORARY, delete=False)  # noqa: SIM115
+    made = Path(file.name)
+    try:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(file.fileno(), 0o666 & ~umask)  # temporary files start as the owner's alone
-            if previous is not None:
-                _keep(path, previous)
-            Path(file.name).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(file.name).unlink(missing_ok=True)
-            raise
+        umask = os.umask(0)
+        os.umask(umask)
+        made.chmod(0o666 & ~umask)  # temporary files start as the owner's alone
+        if previous is not None:
+            _keep(path, previous)
+        made.replace(path)  # once it is closed: Windows renames no open file
+    except BaseException:
+        with suppress(OSError):
+            made.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
