@@ -16,7 +16,7 @@ from config.models import check_kwargs, constructor_arguments, evit_kwargs, keep
 from models.folding import fold_batchnorm
 from training import checkpoint as ckpt
 from training.weights import PREFIXES, class_names, load_whole, model_weights, stored_args
-from utils import InputError, UsageError
+from utils import InputError, UsageError, count
 
 TOLERANCE = 1e-5  # of folding, as a part of the largest logit where that is above 1
 
@@ -38,7 +38,10 @@ class Settings:
     args: dict[str, Any]
 
     def build(self, weights: Mapping[str, Tensor], source: str, *, flag: str = '--model') -> nn.Module:
-        """The model with these weights, which must fit exactly, on the CPU in eval mode."""
+        """The model with these weights, which must fit exactly and be finite, on the CPU in eval mode."""
+        spoilt = [name for name, value in weights.items() if not value.float().isfinite().all()]
+        if spoilt:
+            raise InputError(f'{source} has NaN or infinite weights ({count(spoilt, "tensor")}): take an earlier one')
         model = new_model(flag, self.name, self.input_size, self.kwargs)
         load_whole(model, weights, source)
         return model.eval()
