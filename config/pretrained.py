@@ -17,7 +17,7 @@ from pipeline.images import Reading
 from pipeline.transforms import normalization
 from training import checkpoint as ckpt
 from training.weights import PREFIXES, class_names, load_whole, model_weights, stored_args
-from utils import InputError, UsageError
+from utils import InputError, UsageError, count
 
 TOLERANCE = 1e-5  # of folding, as a part of the largest logit where that is above 1
 
@@ -46,7 +46,10 @@ class Settings:
         return self.reading.channels, self.input_size, self.input_size
 
     def build(self, weights: Mapping[str, Tensor], source: str, *, flag: str = '--model') -> nn.Module:
-        """The model with these weights, which must fit exactly, on the CPU in eval mode."""
+        """The model with these weights, which must fit exactly and be finite, on the CPU in eval mode."""
+        spoilt = [name for name, value in weights.items() if not value.float().isfinite().all()]
+        if spoilt:
+            raise InputError(f'{source} has NaN or infinite weights ({count(spoilt, "tensor")}): take an earlier one')
         model = new_model(flag, self.name, self.input_size, self.kwargs)
         load_whole(model, weights, source)
         return model.eval()

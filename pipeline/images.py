@@ -6,6 +6,8 @@ import copy
 import hashlib
 import io
 import os
+import sys
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -24,6 +26,7 @@ from utils import InputError, all_reduce_max, log, one_line, shorten
 
 Transform = Callable[[Image.Image], Any]
 
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # `decode` says it in one line
 # Formats that Pillow names but cannot draw without a further plug-in.
 STUB_FORMATS = {'BUFR', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 MOST_BAD = 0.01  # the part of a data set that may be unreadable with --on-bad-image skip
@@ -123,6 +126,12 @@ def explain_error(err: Exception) -> str:
     return err.strerror if isinstance(err, OSError) and err.strerror else one_line(err)
 
 
+@cache
+def _note_large(width: int, height: int) -> None:
+    """Says once of each size that it is large, in place of Pillow's warning."""
+    sys.stderr.write(f'Note: an image of {width} x {height} pixels is decoded; it takes {width * height >> 18} MiB\n')
+
+
 def decode(data: bytes | memoryview, reading: Reading = AS_STORED) -> Image.Image:
     """Decodes an image file's bytes to RGB, or to grey.
 
@@ -141,7 +150,10 @@ def decode(data: bytes | memoryview, reading: Reading = AS_STORED) -> Image.Imag
         except Exception:  # it does not know every kind of JPEG; then, as for damaged ones, Pillow decides
             pass
     try:
-        return reading.convert(Image.open(io.BytesIO(data)))
+        image = Image.open(io.BytesIO(data))
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            _note_large(image.width, image.height)
+        return reading.convert(image)
     except UnidentifiedImageError:
         raise ValueError('it is empty' if len(data) == 0 else 'its format is unknown') from None
     except Exception as err:  # Pillow's readers raise whatever broken bytes lead them to

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import base64
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,11 +23,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import models
+from config.arguments import parse_args
 from config.models import evit_kwargs
 from config.pretrained import load_trained
 from datasets import load_digits
 from main import main as train
 from pipeline.transforms import build_transform
+from reports.card import MACHINE
 from tests.conftest import PLAIN, ROOT
 from tests.test_folding import as_trained, norms
 from tools import export
@@ -86,7 +92,9 @@ def run(*argv: Any, expect: int = 0) -> None:
 def test_timm_loads_the_folder(name: str, tmp_path: Path) -> None:
     path, model = make(name, tmp_path)
     run(path, '--format', 'timm', '--out', tmp_path / 'new' / 'folder')
-    assert sorted(file.name for file in (tmp_path / 'new').rglob('*')) == ['config.json', 'folder', 'model.safetensors']
+    assert sorted(file.name for file in (tmp_path / 'new').rglob('*')) == [
+        *('README.md', 'config.json', 'folder', 'model.safetensors'),
+    ]
     loaded = timm.create_model(f'local-dir:{tmp_path}/new/folder', pretrained=True).eval()
     check(loaded, model, limit=0)
     assert loaded.pretrained_cfg['label_names'] == CLASSES and loaded.num_classes == 5
@@ -186,8 +194,15 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypa
     refused(2, 'holds other files (1 name (notes.txt))', '--format', 'timm', '--out', tmp_path / 'folder')
     refused(2, 'is a folder', '--format', 'onnx', '--out', tmp_path / 'folder')
     refused(2, 'is neither a file nor a new name', '--format', 'onnx', '--out', os.devnull)
-    refused(2, 'must end in .safetensors', '--format', 'safetensors', '--out', tmp_path / 'x')
+    for kind, name in (('safetensors', 'x.onnx'), ('onnx', 'x.pt2'), ('timm', 'x.safetensors'), ('onnx', 'x.pth')):
+        refused(2, f'{Path(name).suffix} is the ending of', '--format', kind, '--out', tmp_path / name)
     refused(2, 'invalid choice', '--format', 'pickle', '--out', tmp_path / 'x')
+    timm_folder = ('--format', 'timm', '--out', tmp_path / 'x')
+    refused(2, 'give --format timm', '--format', 'onnx', '--out', tmp_path / 'x', '--push', 'me/ants')
+    refused(2, 'give OWNER/NAME', *timm_folder, '--push', 'ants')
+    refused(2, '--push a/b/c', *timm_folder, '--push', 'a/b/c')
+    monkeypatch.setattr(export, 'get_token', lambda: None)
+    refused(1, 'needs a token that may write', *timm_folder, '--push', 'me/ants')
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if 'onnx' in name else find(name))
     refused(1, 'pip install onnx onnxscript onnxruntime', '--format', 'onnx', '--out', tmp_path / 'file')
@@ -278,3 +293,103 @@ def test_torch_hub_beside_the_project(tmp_path: Path) -> None:
     assert all(sys.modules[name] is module for name, module in before.items())
     wider = torch.hub.load(str(ROOT), 'deit_tiny_cifar_patch4', source='local', num_classes=3, depth=1, drop_rate=0.1)
     assert wider.num_classes == 3 and len(wider.blocks) == 1
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, model = make('deit_tiny_cifar_patch4', tmp_path)
+    for value in (float('nan'), float('inf')):
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        weights['head.bias'][1] = value
+        ckpt.save(Path(path), {**ckpt.load(path), 'model': weights})
+        run(path, '--format', 'safetensors', '--out', tmp_path / 'x', expect=1)
+        err = capsys.readouterr().err
+        assert 'has NaN or infinite weights (1 tensor (head.bias))' in err and err.count('\n') == 1
+    assert not list(tmp_path.glob('x*'))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload needs: what is sent to it is in `received`, by the name of the file."""
+
+    received: ClassVar[dict[str, bytes]] = {}
+    status = 200
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers['Content-Length']))
+        answer: dict[str, Any] = {'url': f'http://{self.headers["Host"]}/me/ants'}
+        if '/preupload/' in self.path:
+            files = [{'path': file['path'], 'uploadMode': 'regular', 'shouldIgnore': False, 'oid': None}
+                     for file in json.loads(data)['files']]  # fmt: skip
+            answer = {'files': files}
+        elif '/commit/' in self.path:
+            values = [json.loads(line)['value'] for line in data.splitlines()]
+            self.received.update({v['path']: base64.b64decode(v['content']) for v in values if 'path' in v})
+            answer |= {'commitUrl': f'{answer["url"]}/commit/0', 'commitOid': '0' * 40, 'hookOutput': ''}
+        self.answer(answer)
+
+    def do_GET(self) -> None:
+        self.answer({'id': 'me/ants', 'siblings': []})
+
+    def answer(self, content: dict[str, Any]) -> None:
+        body = json.dumps(content if self.status == 200 else {'error': 'you may not\nwrite here'}).encode()
+        self.send_response(self.status)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_push(tmp_path: Path) -> None:
+    """To an endpoint on this machine, in another process each, as the library reads its environment once."""
+    path, _ = make('dhvt_tiny_cifar_patch4', tmp_path)
+    out = tmp_path / 'ants'
+    with ThreadingHTTPServer(('127.0.0.1', 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_address[1]}'
+
+        def pushed(**env: str) -> subprocess.CompletedProcess:
+            further = {'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'home'), 'HF_TOKEN': 'hf_mine', **env}
+            argv = [path, '--format', 'timm', '--out', str(out), '--push', 'me/ants', '--license', 'cc-by-4.0']
+            return subprocess.run([sys.executable, str(ROOT / 'tools' / 'export.py'), *argv], text=True, timeout=120,
+                                  capture_output=True, env={**os.environ, **further})  # fmt: skip
+
+        done = pushed()
+        assert done.returncode == 0 and f'Uploaded to {address}/me/ants' in done.stdout, done.stderr
+        assert Hub.received == {file.name: file.read_bytes() for file in out.iterdir()} and len(Hub.received) == 3
+        cfg = json.loads(Hub.received['config.json'])['pretrained_cfg']
+        assert cfg['license'] == 'cc-by-4.0' and cfg['origin_url'] == f'{address}/me/ants'
+        assert 'ArieSeirack' not in json.dumps(cfg) and not {'paper_ids', 'paper_name', 'tag'} & cfg.keys()
+        card = Hub.received['README.md'].decode()
+        assert 'license: cc-by-4.0' in card and "'hf-hub:me/ants'" in card and '50.00% top-1' in card
+        assert all(f'`{name}`' in card for name in CLASSES)
+
+        Hub.status = 403
+        for message, env in (
+            ('you may not write here', {}),
+            ('could not be uploaded', {'HF_ENDPOINT': 'http://127.0.0.1:9'}),
+        ):
+            done = pushed(**env)
+            assert done.returncode == 1 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
+        server.shutdown()
+
+
+def test_card_holds_the_training_command(tmp_path: Path) -> None:
+    flags = [*PLAIN, '--data-set', 'DIGITS', '--batch-size', '128', '--epochs', '1', '--train-fraction', '0.2']
+    model = ['--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2']
+    line = train([*flags, *model, '--output_dir', str(tmp_path / 'run')])
+    run(tmp_path / 'run' / 'checkpoint.pth', '--format', 'timm', '--out', tmp_path / 'digits')
+    card = (tmp_path / 'digits' / 'README.md').read_text()
+    assert f'{line["test_acc1"]:.2f}% top-1 on the test images, after 1 epochs' in card and str(tmp_path) not in card
+    command = shlex.split(card.split('`python ')[1].split('`')[0])
+    again, first = vars(parse_args(command[1:])), vars(parse_args([*flags, *model]))
+    assert all(again[name] == first[name] for name in first.keys() - MACHINE)
+    assert 'license: unknown' in card and 'ArieSeirack' not in (tmp_path / 'digits' / 'config.json').read_text()
+
+
+@pytest.mark.parametrize(('given', 'written'), [('m', 'm.safetensors'), ('v1.5', 'v1.5.safetensors')])
+def test_ending_is_added(given: str, written: str, tmp_path: Path) -> None:
+    path, _ = make('deit_tiny_cifar_patch4', tmp_path)
+    run(path, '--format', 'safetensors', '--out', tmp_path / 'new' / given)
+    assert [file.name for file in (tmp_path / 'new').iterdir()] == [written]

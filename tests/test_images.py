@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from torch.utils.data import DataLoader
 from datasets import DataSource, build_datasets
 from main import main
 from pipeline.images import BadImageError, Reading, decode, image_extensions, pack_names, shrink
-from tests.conftest import PLAIN, SMALL_MODEL
+from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 from tests.processes import run
 from tests.test_distributed import trained_by
 from utils import InputError
@@ -300,7 +302,11 @@ def test_damaged_jpegs_are_good_and_bad_as_with_pillow_alone() -> None:
     for number in range(2000):
         data = damage([*kinds, bytes(twelve_bits)][number % 7], number // 7)
         found = []
-        for way in (lambda file: Reading().convert(Image.open(io.BytesIO(file))), decode, lambda file: decode(shrink(file, 24))):
+        for way in (
+            lambda file: Reading().convert(Image.open(io.BytesIO(file))),
+            decode,
+            lambda file: decode(shrink(file, 24)),
+        ):
             try:
                 found.append(way(data))
             except Exception:  # Pillow's readers raise whatever broken bytes lead them to
@@ -406,3 +412,21 @@ def test_file_data_sets_reach_processes_however_they_start(make_folder: MakeFold
     assert train is not None
     loader = DataLoader(train, batch_size=3, num_workers=1, collate_fn=_targets, multiprocessing_context=context)
     assert list(loader) == [[0, 0, 0], [1, 1, 1]]
+
+
+LARGE = """
+import sys
+from PIL import Image
+from pipeline.images import decode
+Image.MAX_IMAGE_PIXELS = 1000
+data = open(sys.argv[1], 'rb').read()
+assert [decode(data).size for _ in range(2)] == [(40, 30)] * 2
+"""
+
+
+def test_a_large_image_is_one_line(tmp_path: Path) -> None:
+    Image.new('RGB', (40, 30)).save(tmp_path / 'x.png')
+    done = subprocess.run([sys.executable, '-c', LARGE, str(tmp_path / 'x.png')], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0 and done.stderr.startswith('Note: an image of 40 x 30 pixels'), done.stderr
+    assert done.stderr.count('\n') == 1

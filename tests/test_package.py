@@ -80,12 +80,13 @@ def test_the_models_import_nothing_else() -> None:
 HIDDEN = """
 import os, signal, sys
 import torch, timm.data, multiprocessing.util, subprocess, pyarrow, lmdb, sklearn.datasets
-sys.modules['fcntl'] = None
+sys.modules['fcntl'] = sys.modules['resource'] = None
 for module, names in ((signal, 'SIGHUP SIGUSR1 SIGALRM SIGCHLD setitimer ITIMER_REAL'),
-                      (os, 'register_at_fork sched_getaffinity')):
+                      (os, 'register_at_fork sched_getaffinity fchmod')):
     for name in names.split():
         delattr(module, name)
-import folder2lmdb, main  # after the libraries, which know what the system has
+import ctypes, folder2lmdb, main  # after the libraries, which know what the system has
+ctypes.CDLL = lambda *_: None  # no mallopt
 line = main.main(sys.argv[1:])
 """
 

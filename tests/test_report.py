@@ -547,7 +547,7 @@ def test_bad_input(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([str(run / 'log.txt')], 1, 'not a folder'),
         ([str(tmp_path / 'empty')], 1, 'empty holds no run'),
         ([str(run), f'{run}/../run'], 2, 'given twice'),
-        ([str(run), '--out', str(tmp_path / 'empty')], 1, 'empty'),
+        ([str(run), '--out', str(tmp_path / 'empty')], 1, 'empty is a folder: give the name'),
         ([str(digits), '--out', str(tmp_path / 'x.html'), '--device', 'cuda:99'], 2, '--device'),
     ):
         assert (found := fails(argv, capsys))[0] == code and message in found[1], found

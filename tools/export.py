@@ -3,9 +3,10 @@
     python tools/export.py CHECKPOINT --format torch-export --out model.pt2
     python tools/export.py CHECKPOINT --format onnx --out model.onnx
     python tools/export.py CHECKPOINT --format safetensors --out model.safetensors
-    python tools/export.py CHECKPOINT --format timm --out FOLDER
+    python tools/export.py CHECKPOINT --format timm --out FOLDER --push OWNER/NAME
 
-What is written is first read back and compared with the model; then it gets its name. Each form takes any number of
+What is written is first read back and compared with the model; then it gets its name, and with `--push` it goes to the
+Hub, from where `timm.create_model('hf-hub:OWNER/NAME', pretrained=True)` has it. Each form takes any number of
 images (B, 3, S, S) at once, normalised, and gives logits (B, classes); the classes' names, the image size S, mean and
 standard deviation are in it.
 """
@@ -25,6 +26,9 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -34,6 +38,7 @@ from config.errors import one_line_errors
 from config.flags import FROM_ONE, FlagParser
 from config.pretrained import Settings, fold_if_equal, load_trained, takes_image_size
 from pipeline.transforms import SMALL_IMAGE
+from reports.card import Origin, model_card
 from training import checkpoint as ckpt
 from utils import InputError, UsageError, count, one_line
 
@@ -48,7 +53,14 @@ def get_args_parser() -> FlagParser:
     parser = FlagParser(PROGRAM, description='Write a trained model for other programs.')
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of main.py, path or URL; or safetensors')
     parser.add_argument('--format', required=True, choices=tuple(FORMATS))
-    parser.add_argument('--out', required=True, metavar='PATH', help='the file to write; for timm a folder')
+    parser.add_argument(
+        '--out',
+        required=True,
+        metavar='PATH',
+        help='the file to write, whose ending may be left out; for timm a folder',
+    )
+    parser.add_argument('--push', metavar='OWNER/NAME', help='upload the folder to this repository of the Hub too')
+    parser.add_argument('--license', metavar='NAME', help='yours, for the weights, as the Hub spells it: cc-by-4.0')
     parser.add_argument('--fold-bn', action='store_true', help='fold BatchNorms into the convolutions before them')
     parser.add_argument('--ema', action='store_true', help='take the moving average of the weights')
     parser.add_argument('--model', help="a name of timm's registry, where the checkpoint says none")
@@ -70,7 +82,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 # Each of these writes to a path, and gives the logits of what it has read back from there.
 
 
-def write_torch_export(model: nn.Module, settings: Settings, path: Path, loaded: dict[str, Any]) -> Forward:
+def write_torch_export(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> Forward:
     """A program of torch.export, with what describes it as the extra file dhvt.json."""
     images = torch.randn(3, *settings.shape)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
@@ -78,7 +90,7 @@ def write_torch_export(model: nn.Module, settings: Settings, path: Path, loaded:
     return torch.export.load(path).module()
 
 
-def write_onnx(model: nn.Module, settings: Settings, path: Path, loaded: dict[str, Any]) -> Forward:
+def write_onnx(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> Forward:
     """ONNX in one file, with what describes it among the model's properties. Read back by onnxruntime.
 
     Raises:
@@ -106,7 +118,7 @@ def write_onnx(model: nn.Module, settings: Settings, path: Path, loaded: dict[st
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
 
-def timm_config(model: nn.Module, settings: Settings, path: Path) -> None:
+def timm_config(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> None:
     """Writes timm's config.json: architecture, arguments, classes, and the images that the model was trained on.
 
     Raises:
@@ -114,7 +126,8 @@ def timm_config(model: nn.Module, settings: Settings, path: Path) -> None:
     """
     small = settings.input_size <= SMALL_IMAGE  # evaluation resizes such images whole, whatever their shape
     model.pretrained_cfg = {  # type: ignore[assignment]
-        **model.pretrained_cfg,  # type: ignore[dict-item]
+        **{name: value for name, value in dict(model.pretrained_cfg).items() if name not in CLAIMS},  # type: ignore[arg-type]
+        **origin.claims,
         'input_size': settings.shape,
         'interpolation': 'bicubic',
         'crop_pct': 1.0 if small else 224 / 256,
@@ -132,12 +145,12 @@ def timm_config(model: nn.Module, settings: Settings, path: Path) -> None:
         raise InputError(f"timm's config.json cannot hold the model's arguments: {one_line(err)}") from None
 
 
-def write_safetensors(model: nn.Module, settings: Settings, path: Path, loaded: dict[str, Any]) -> Forward:
+def write_safetensors(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> Forward:
     """One file that main.py and hubconf.py read as a checkpoint; timm's config.json is in its metadata too."""
     with tempfile.TemporaryDirectory() as folder:
-        timm_config(model, settings, Path(folder, 'config.json'))
+        timm_config(model, settings, Path(folder, 'config.json'), origin)
         config = json.loads(Path(folder, 'config.json').read_text())
-    described = ckpt.description(loaded)
+    described = ckpt.description(origin.checkpoint)
     described['args'] = {**described['args'], 'model': settings.name, 'input_size': settings.input_size}
     described |= {**describe(settings), 'timm': config}
     described.pop('model')  # where a checkpoint has its weights
@@ -145,22 +158,25 @@ def write_safetensors(model: nn.Module, settings: Settings, path: Path, loaded: 
     return load_trained(str(path))[0]
 
 
-def write_timm(model: nn.Module, settings: Settings, path: Path, loaded: dict[str, Any]) -> Forward:
+def write_timm(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> Forward:
     """A folder for timm.create_model('local-dir:FOLDER', pretrained=True)."""
     path.mkdir()
-    timm_config(model, settings, path / 'config.json')
+    timm_config(model, settings, path / 'config.json', origin)
+    (path / 'README.md').write_text(model_card(model, settings, origin), encoding='utf-8')
     (path / 'model.safetensors').write_bytes(ckpt.to_safetensors(model.state_dict(), describe(settings)))
     return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
 
 
-FORMATS: dict[str, Callable[[nn.Module, Settings, Path, dict[str, Any]], Forward]] = {
+FORMATS: dict[str, Callable[[nn.Module, Settings, Path, Origin], Forward]] = {
     'torch-export': write_torch_export,
     'onnx': write_onnx,
     'safetensors': write_safetensors,
     'timm': write_timm,
 }
+# Of the weights that the registry's entry is of, which are not these.
+CLAIMS = ('license', 'origin_url', 'paper_ids', 'paper_name', 'tag', 'notes')
 ENDINGS = {'torch-export': '.pt2', 'onnx': '.onnx', 'safetensors': '.safetensors', 'timm': ''}
-TIMM_FILES = {'config.json', 'model.safetensors'}
+TIMM_FILES = {'README.md', 'config.json', 'model.safetensors'}
 
 
 def compare(forward: Forward, model: nn.Module, settings: Settings) -> tuple[float, float]:
@@ -175,24 +191,29 @@ def compare(forward: Forward, model: nn.Module, settings: Settings) -> tuple[flo
     return max(differences), max(logits)
 
 
-def check_target(kind: str, out: Path) -> None:
-    """Looks at the place to write to before any work is done.
+def find_target(kind: str, given: Path) -> Path:
+    """The place to write to: the given one, with the format's ending. It is looked at before any work is done.
 
     Raises:
         UsageError: if the format cannot be written there.
     """
-    if kind == 'timm':
-        others = sorted(path.name for path in out.iterdir() if path.name not in TIMM_FILES) if out.is_dir() else []
-        if others:
-            raise UsageError(f'--out {out} holds other files ({count(others, "name")}): give a new folder')
-        if out.exists() and not out.is_dir():
-            raise UsageError(f'--out {out} is a file: --format timm writes a folder')
-    elif out.is_dir():
-        raise UsageError(f'--out {out} is a folder: --format {kind} writes a file')
-    elif out.exists() and not out.is_file():
-        raise UsageError(f'--out {out} is neither a file nor a new name')
-    elif kind == 'safetensors' and out.suffix != '.safetensors':
-        raise UsageError(f'--out {out}: the name must end in .safetensors, by which it is known when it is read')
+    others = {ending: name for name, ending in ENDINGS.items() if ending != ENDINGS[kind]} | {'.pth': 'a checkpoint'}
+    owner = others.get(given.suffix) if given.suffix else None
+    if owner:
+        hint = f'end it in {ENDINGS[kind]}, or in nothing' if ENDINGS[kind] else 'give the name of a folder'
+        raise UsageError(f'--out {given}: {given.suffix} is the ending of {owner}, not of {kind}: {hint}')
+    out = given if given.suffix == ENDINGS[kind] or not ENDINGS[kind] else given.with_name(given.name + ENDINGS[kind])
+    for place in (given, out):
+        if kind == 'timm' and place.exists() and not place.is_dir():
+            raise UsageError(f'--out {place} is a file: --format timm writes a folder')
+        if kind != 'timm' and place.is_dir():
+            raise UsageError(f'--out {place} is a folder: --format {kind} writes a file')
+        if kind != 'timm' and place.exists() and not place.is_file():
+            raise UsageError(f'--out {place} is neither a file nor a new name')
+    strange = sorted(path.name for path in out.iterdir() if path.name not in TIMM_FILES) if out.is_dir() else []
+    if strange:
+        raise UsageError(f'--out {out} holds other files ({count(strange, "name")}): give a new folder')
+    return out
 
 
 def put_in_place(made: Path, out: Path) -> None:
@@ -208,13 +229,13 @@ def put_in_place(made: Path, out: Path) -> None:
 
 @torch.no_grad()
 def export(
-    model: nn.Module, settings: Settings, kind: str, out: Path, loaded: dict[str, Any], *, reference: nn.Module
+    model: nn.Module, settings: Settings, kind: str, out: Path, origin: Origin, *, reference: nn.Module
 ) -> tuple[float, float]:
     """Writes a model in a format to `out`, once what was written gives the reference's logits.
 
     Args:
         model, reference: in eval mode, on the CPU; the same model, or the first with folded BatchNorms.
-        settings, loaded: what `load_trained` gave with it.
+        settings: what `load_trained` gave with it.
         kind: of `FORMATS`.
 
     Returns:
@@ -226,7 +247,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', suffix=ckpt.TEMPORARY, dir=out.parent) as folder:
         made = Path(folder, f'model{ENDINGS[kind]}')
         try:
-            forward = FORMATS[kind](model, settings, made, loaded)
+            forward = FORMATS[kind](model, settings, made, origin)
             difference, largest = compare(forward, reference, settings)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as err:
             raise InputError(f'{settings.name} cannot be written as {kind}: {one_line(err)}') from None
@@ -239,12 +260,52 @@ def export(
     return difference, largest
 
 
+def hub_url(name: str) -> str:
+    """The address of a repository of the Hub, once it is a name, and there is a token to write to it.
+
+    Raises:
+        UsageError: if it is no name.
+        InputError: if there is no token.
+    """
+    try:
+        validate_repo_id(name)
+    except ValueError as err:
+        raise UsageError(f'--push {name}: {one_line(err)}') from None
+    if '/' not in name:
+        raise UsageError(f"--push {name}: give OWNER/NAME, with your name on the Hub before the model's")
+    if get_token() is None:
+        raise InputError('--push needs a token that may write: run `hf auth login`, or set HF_TOKEN')
+    return f'{ENDPOINT}/{name}'
+
+
+def push(folder: Path, name: str) -> None:
+    """Uploads what was written to a repository of the Hub, which is made if there is none.
+
+    Raises:
+        InputError: if that fails.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=sorted(TIMM_FILES),
+            commit_message='Add model',
+        )
+    except Exception as err:  # of the library's HTTP client, which differs by version
+        reason = ' '.join(str(err).split()) or type(err).__name__
+        raise InputError(f'{folder} is written, but {name} could not be uploaded: {reason}') from None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors(PROGRAM):
-        out = Path(args.out)
-        check_target(args.format, out)
+        if args.push and args.format != 'timm':
+            raise UsageError('--push uploads what timm loads: give --format timm')
+        out = find_target(args.format, Path(args.out))
+        url = hub_url(args.push) if args.push else None
         if args.fold_bn and args.format in ('safetensors', 'timm'):
             raise UsageError(
                 f'--fold-bn is for torch-export and onnx: {args.format} holds weights for a model that has BatchNorms'
@@ -256,11 +317,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.fold_bn:
             model, difference = fold_if_equal(model, settings.input_size, settings.reading.channels)
             print(f'BatchNorms folded; largest difference of logits {difference:.2g}')
+        origin = Origin(loaded, ema=args.ema, license=args.license, name=args.push, url=url)
         out.parent.mkdir(parents=True, exist_ok=True)
         logging.getLogger('torch.onnx').setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of exporters, about themselves
-            difference, largest = export(model, settings, args.format, out, loaded, reference=reference)
+            difference, largest = export(model, settings, args.format, out, origin, reference=reference)
         files = [path for path in out.iterdir() if path.name in TIMM_FILES] if out.is_dir() else [out]
         size = sum(path.stat().st_size for path in files) / 2**20
         print(
@@ -271,6 +333,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f'Largest difference from the model {difference:.2g} at batch sizes {", ".join(map(str, BATCH_SIZES))} '
             f'(largest logit {largest:.3g})'
         )
+        if args.push:
+            push(out, args.push)
+            print(f'Uploaded to {url}')
 
 
 if __name__ == '__main__':

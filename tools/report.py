@@ -17,6 +17,7 @@ from config.errors import one_line_errors
 from config.flags import COUNT, FlagParser
 from pipeline.workers import no_children_left
 from reports import page
+from utils import InputError
 
 
 def get_args_parser() -> FlagParser:
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors('report.py'), no_children_left():
+        if args.out and Path(args.out).is_dir():
+            raise InputError(f'--out {args.out} is a folder: give the name of the HTML file')
         made = page.make(
             [Path(folder) for folder in args.folders],
             out=Path(args.out) if args.out else None,

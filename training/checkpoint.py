@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -75,6 +76,8 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], *, previous: Pa
     Raises:
         OSError: if the disk is full or the folder cannot be written; the old file is untouched.
     """
+    if path.is_dir():  # else the error, when the work is done, would have the temporary name
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}')
     try:
         with open(str(temporary), 'x+b') as file:
@@ -83,7 +86,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object], *, previous: Pa
             os.fsync(file.fileno())
         if previous is not None:
             _keep(path, previous)
-        temporary.replace(path)
+        temporary.replace(path)  # once it is closed: Windows renames no open file
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
