@@ -119,8 +119,7 @@ class DataSource:
 class Splits(NamedTuple):
     """What `build_datasets` gives. `train` is None where only evaluation was asked for; `notes` are for the user.
 
-    `val` chooses the best checkpoint: the test images, as published, or images that are held out of training, or those
-    of valid/ where test/ stands beside it; then `test` are the test images.
+    `val` chooses the best checkpoint: the test images, as published, or others, and then `test` are the test images.
     """
 
     train: ImageDataset | None

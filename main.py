@@ -46,7 +46,6 @@ from training.weights import class_names, load_fitting, load_whole, model_weight
 from utils import (
     InputError,
     SizedLoader,
-    UsageError,
     from_main_process,
     get_rank,
     is_main_process,
@@ -171,8 +170,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     test, final_test = make_test(args, splits.val, val_loader, device, amp_dtype), None
     if splits.test is not None:
-        if not args.output_dir:
-            raise UsageError(f'{args.data_set} has validation and test images: the best checkpoint needs --output_dir')
         test_loader = open_loaders(args, splits.only_test(), process, device)[1]
         final_test = make_test(args, splits.test, test_loader, device, amp_dtype)
     if train_loader is None or splits.train is None:

@@ -118,9 +118,8 @@ def find_folders(root: Path, *, train: bool) -> Layout:
         others += [folders['test']] if 'test' in folders else []
     else:
         names['test'] = tests
-        val, test = folders['val'], folders['test']
-        told = f'{val}/ chooses the best checkpoint, which is evaluated on {test}/ at the end'
-        notes.append(f'{root}: ' + (told if train else f'{test}/ is evaluated, not {val}/'))
+        if not train:
+            notes.append(f'{root}: {folders["test"]}/ is evaluated, not {folders["val"]}/')
     if others:
         notes.append(f'{root}: {folders["val"]}/ validates; not read: {", ".join(others)}')
     needed = [split for split in sources if split in names]

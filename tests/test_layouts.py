@@ -337,7 +337,8 @@ def test_where_test_stands_beside_it_val_validates(make_folder: MakeFolder, val:
     source = DataSource('FOLDER', str(root))
     splits = build_datasets(source)
     assert folders_of(splits.train, splits.val, splits.test) == [{'train'}, {val}, {'Test'}]
-    assert any(f'{val}/ chooses the best checkpoint, which is evaluated on Test/' in note for note in splits.notes)
+    told = f'the 16 validation images of {root} choose the best checkpoint; its 16 test images are evaluated by it, at'
+    assert sum('at the end' in note for note in splits.notes) == 1 and any(told in note for note in splits.notes)
     alone = build_datasets(source, train=False)
     assert folders_of(alone.val) == [{'Test'}] and alone.test is None
     assert (
