@@ -45,7 +45,11 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
         raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
     set_by = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
-    set_by |= {'num_classes': '--nb-classes', 'img_size': '--input-size', 'in_chans': '--in-chans'}
+    set_by |= {
+        'num_classes': '--nb-classes',
+        'img_size': '--input-size',
+        'in_chans': "--in-chans, the images' three channels or one",
+    }
     for key, _ in args.model_kwargs:
         if key in set_by:
             raise UsageError(f'--model-kwargs {key}=…: this is set by {set_by[key]}')

@@ -47,11 +47,11 @@ class Settings:
 
     def build(self, weights: Mapping[str, Tensor], source: str, *, flag: str = '--model') -> nn.Module:
         """The model with these weights, which must fit exactly and be finite, on the CPU in eval mode."""
-        spoilt = [name for name, value in weights.items() if not value.float().isfinite().all()]
-        if spoilt:
-            raise InputError(f'{source} has NaN or infinite weights ({count(spoilt, "tensor")}): take an earlier one')
         model = new_model(flag, self.name, self.input_size, self.kwargs)
         load_whole(model, weights, source)
+        spoilt = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+        if spoilt:
+            raise InputError(f'{source} has NaN or infinite weights ({count(spoilt, "tensor")}): take an earlier one')
         return model.eval()
 
 

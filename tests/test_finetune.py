@@ -125,8 +125,8 @@ def test_a_folder_is_a_checkpoint_everywhere(
 
     accuracy = main(['--eval', '--resume', str(trained), '--device', 'cpu'])['test_acc1']
     assert accuracy == json.loads((trained / 'log.txt').read_text())['test_acc1']
-    export.main([str(trained), '--format', 'timm', '--out', str(tmp_path / 'a.safetensors')])
-    assert (tmp_path / 'a.safetensors').exists()
+    export.main([str(trained), '--format', 'timm', '--out', str(tmp_path / 'a')])
+    assert (tmp_path / 'a' / 'model.safetensors').exists()
     Image.new('RGB', (16, 16)).save(tmp_path / 'black.png')
     predict.main([str(trained), str(tmp_path / 'black.png'), '--device', 'cpu'])
     with pytest.raises(SystemExit):

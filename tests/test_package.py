@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_models_and_asks_for_little(wheel: Path) -> None:
     assert names == {f'dhvt/{path.name}' for path in (ROOT / 'models').glob('*.py')}
     needed = fields.get_all('Requires-Dist', [])
     assert sorted(line.split('>')[0] for line in needed if 'extra ==' not in line) == ['einops', 'timm', 'torch']
-    assert fields.get_all('Provides-Extra') == ['train', 'check'] and any('numpy' in line for line in needed)
+    assert fields.get_all('Provides-Extra') == ['train', 'check', 'hfds'] and any('numpy' in line for line in needed)
 
 
 def test_the_wheel_works_in_another_project(wheel: Path, tmp_path: Path) -> None:

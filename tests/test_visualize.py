@@ -11,6 +11,7 @@ import timm
 import torch
 from einops import rearrange
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import models  # noqa: F401
@@ -109,7 +110,7 @@ def test_titles_scales_and_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         pixels = torch.from_numpy(image).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(value)[:, None, None] for value in
-                     (visualize.IMAGENET_DEFAULT_MEAN, visualize.IMAGENET_DEFAULT_STD))  # fmt: skip
+                     (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))  # fmt: skip
         probabilities = model(((pixels - mean) / std)[None]).softmax(dim=1)[0]
     torch.testing.assert_close(seen[0].probabilities[0], probabilities)
     shown = ['a', '$b^', '#2', *'cdef'][int(probabilities.argmax())]
