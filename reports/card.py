@@ -65,7 +65,7 @@ def accuracy(origin: Origin, args: dict[str, Any]) -> str:
     average = origin.ema or 'trained_model' in checkpoint  # which stands for the model in a best checkpoint
     found = None if checkpoint.get('progress') else row.get('ema_test_acc1' if average else 'test_acc1')
     if isinstance(found, (int, float)):
-        return f'{found:.2f}% top-1 on the {images} images, after {row["epoch"] + 1} epochs'
+        return f'{found:.2f}% top-1 on the {images} images, at the end of epoch {row["epoch"]}'
     best = checkpoint.get('max_accuracy')
     if isinstance(best, (int, float)) and math.isfinite(best) and best >= 0:
         return f'{best:.2f}% top-1 on the {images} images, the best of its run'
@@ -78,9 +78,9 @@ def model_card(model: nn.Module, settings: Settings, origin: Origin) -> str:
     papers = model.pretrained_cfg.get('paper_ids')  # type: ignore[operator,union-attr]
     data = [str(args.get('data_set') or 'the checkpoint does not say'), Path(str(args.get('data_path') or '')).name]
     command = training_command(origin.checkpoint, args)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     details = {
-        'Model': f'`{settings.name}`, {count / 1e6:.2f}M parameters, images of {settings.input_size} px',
+        'Model': f'`{settings.name}`, {parameters / 1e6:.2f}M parameters, images of {settings.input_size} px',
         **({'Architecture': papers} if papers else {}),
         'Trained on': data[0] + f' (`{data[1]}`)' * bool(data[1]),
         f'Classes ({len(settings.classes)})': ', '.join(f'`{name}`' for name in settings.classes),
@@ -89,13 +89,13 @@ def model_card(model: nn.Module, settings: Settings, origin: Origin) -> str:
         'License of the weights': origin.license or 'not given; ask their owner',
         **({'Origin': origin.url} if origin.url else {}),
     }
-    register = 'import models  # registers the model; run this in a clone of its code\n' if own else ''
+    register = 'import dhvt  # registers the model: `pip install` the code that it was trained with\n' if own else ''
     place = f'hf-hub:{origin.name}' if origin.name else 'local-dir:.'
     usage = (
         f'```python\nimport timm\n{register}\n'
         f"model = timm.create_model('{place}', pretrained=True).eval()\n"
         'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n'
-        'logits = model(transform(image)[None])  # of a PIL image in RGB\n'
+        f'logits = model(transform(image)[None])  # of a PIL image of mode {settings.reading.mode}\n'
         "names = model.pretrained_cfg['label_names']\n```"
     )
     head = {'tags': ['image-classification', 'timm'], 'license': origin.license or 'unknown'}

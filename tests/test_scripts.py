@@ -43,6 +43,7 @@ def script(name: str, *argv: str, expect: int = 0, cwd: Path = ROOT, **env: str)
         capture_output=True,
         text=True,
         timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also where the tests run under nohup
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout if expect == 0 else done.stderr
