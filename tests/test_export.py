@@ -381,7 +381,10 @@ def test_card_holds_the_training_command(tmp_path: Path) -> None:
     line = train([*flags, *model, '--output_dir', str(tmp_path / 'run')])
     run(tmp_path / 'run' / 'checkpoint.pth', '--format', 'timm', '--out', tmp_path / 'digits')
     card = (tmp_path / 'digits' / 'README.md').read_text()
-    assert f'{line["test_acc1"]:.2f}% top-1 on the test images, at the end of epoch 0' in card and str(tmp_path) not in card
+    assert (
+        f'{line["test_acc1"]:.2f}% top-1 on the test images, at the end of epoch 0' in card
+        and str(tmp_path) not in card
+    )
     command = shlex.split(card.split('`python ')[1].split('`')[0])
     again, first = vars(parse_args(command[1:])), vars(parse_args([*flags, *model]))
     assert all(again[name] == first[name] for name in first.keys() - MACHINE)
