@@ -72,9 +72,10 @@ def load_splits(
             train_fraction_seed=args.train_fraction_seed,
             known_classes=known_classes,
         )
+    reading = find_reading(vars(args))
     for split in (splits.train, splits.val, splits.test):
         if split is not None:
-            split.reading = find_reading(vars(args))
+            split.reading = reading
     if splits.test is not None and not args.output_dir:
         raise UsageError(
             f'{args.data_path} has test images beside those that validate: the best checkpoint is evaluated on them at '

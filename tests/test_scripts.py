@@ -19,7 +19,7 @@ import torch
 from config.arguments import parse_args
 from main import main
 from tests.conftest import ROOT
-from tools import check_env
+from tools import ablate, check_env
 from training import checkpoint as ckpt
 
 
@@ -266,6 +266,13 @@ def test_the_fast_recipe(tmp_path: Path) -> None:
     expected = {'data_set': 'TINYIMNET', 'epochs': 30, 'batch_size': 64, 'opt': 'muon', 'sched_on_updates': True}
     expected |= {'model_ema_warmup': True, 'repeated_aug': False, 'model': 'dhvt_tiny_cifar_patch4'}
     assert {name: flags[name] for name in expected} == expected
+    table = ablate.TABLES['fast']
+    row = next(row for row in table.rows if 'the recipe' in row.name)
+    given = [*table.flags, *row.flags.split(), '--batch-size', str(row.batch), '--output-dir', 'x']
+    searched = vars(parse_args(given))
+    _, flags = flags_of(script('run_code.sh', 'fast', OUTPUT='', DATA=''))
+    free = {'model', 'train_fraction', 'val_fraction', 'output_dir', 'auto_resume'}
+    assert {name for name in flags if flags[name] != searched[name]} <= free
     small = ['--data-set', 'DIGITS', '--input-size', '16', '--epochs', '2', '--num_workers', '0', '--device', 'cpu']
     small += ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '--train-fraction', '0.2']
     text = script('run_code.sh', 'fast', *small, DRY_RUN='', OUTPUT=str(tmp_path), OMP_NUM_THREADS='1')
