@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from config.flags import MOST_PIXELS
+from config.flags import MOST_PIXELS, PIXELS, FlagParser
 from config.models import check_kwargs, constructor_arguments, evit_kwargs, keeps_tokens_by_rate, new_model
 from models.folding import fold_batchnorm
-from pipeline.images import Reading
-from pipeline.transforms import normalization
+from pipeline.files import read_file
+from pipeline.images import AS_STORED, Reading, Transform, decode
+from pipeline.transforms import build_transform, normalization
 from training import checkpoint as ckpt
 from training.weights import PREFIXES, class_names, load_whole, model_weights, stored_args
 from utils import InputError, UsageError, count
 
-TOLERANCE = 1e-5  # of folding, as a part of the largest logit where that is above 1
+TOLERANCE = 1e-5  # of equal logits, as a part of the largest where that is above 1
+
+
+def read_image(path: str | Path, reading: Reading = AS_STORED) -> Image.Image:
+    """An image file as a model was trained on it.
+
+    Raises:
+        InputError: if it cannot be decoded.
+        OSError: if it cannot be read.
+    """
+    try:
+        return decode(read_file(path), reading)
+    except ValueError as err:
+        raise InputError(f'{path} cannot be read as an image ({err})') from None
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,15 @@ class Settings:
     def shape(self) -> tuple[int, int, int]:
         """Of an image."""
         return self.reading.channels, self.input_size, self.input_size
+
+    @cached_property
+    def transform(self) -> Transform:
+        """Evaluation's, from an image to a normalised tensor (C, S, S)."""
+        return build_transform(train=False, input_size=self.input_size, channels=self.reading.channels)
+
+    def prepare(self, data: bytes) -> Tensor:
+        """The model's input (C, S, S) for an image file's bytes; a ValueError says why they are no image."""
+        return self.transform(decode(data, self.reading))
 
     def build(self, weights: Mapping[str, Tensor], source: str, *, flag: str = '--model') -> nn.Module:
         """The model with these weights, which must fit exactly and be finite, on the CPU in eval mode."""
@@ -170,6 +197,39 @@ def load_trained(
     return settings.build(weights, source), settings, loaded
 
 
+def add_checkpoint_flags(parser: FlagParser) -> None:
+    """The flags that say which trained model is meant; `load_chosen` reads it."""
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of main.py, path or URL; or safetensors')
+    parser.add_argument('--ema', action='store_true', help='use the moving average of the weights')
+    parser.add_argument('--model', help="a name of timm's registry, where the checkpoint says none")
+    parser.add_argument('--input-size', type=PIXELS, help="pixels, in place of the checkpoint's")
+
+
+def load_chosen(args: argparse.Namespace) -> tuple[nn.Module, Settings, dict[str, Any]]:
+    """`load_trained` of what `add_checkpoint_flags` asked for."""
+    return load_trained(args.checkpoint, ema=args.ema, name=args.model, input_size=args.input_size)
+
+
+@torch.inference_mode()
+def compare(
+    forward: Callable[[Tensor], Tensor], model: nn.Module, shape: Sequence[int], batch_sizes: Sequence[int] = (2,)
+) -> tuple[bool, float, float]:
+    """Whether two models' logits are equal up to rounding on random images, their largest difference, and the largest.
+
+    Args:
+        forward, model: the one that is tested, and the one that is right.
+        shape: of an image (C, H, W).
+    """
+    generator = torch.Generator().manual_seed(0)
+    difference = largest = torch.zeros(())
+    for batch_size in batch_sizes:
+        images = torch.randn(batch_size, *shape, generator=generator)
+        expected = model(images)
+        difference = torch.maximum(difference, (forward(images) - expected).abs().max())  # NaN stays
+        largest = torch.maximum(largest, expected.abs().max())
+    return bool(difference <= TOLERANCE * largest.clamp(min=1)), float(difference), float(largest)
+
+
 def fold_if_equal(model: nn.Module, input_size: int, channels: int = 3) -> tuple[nn.Module, float]:
     """A model with its BatchNorms folded, and the largest difference of its logits on random images.
 
@@ -179,11 +239,8 @@ def fold_if_equal(model: nn.Module, input_size: int, channels: int = 3) -> tuple
         InputError: if the outputs are not equal up to rounding.
     """
     folded = fold_batchnorm(model)
-    images = torch.randn(2, channels, input_size, input_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = model(images)
-        difference = float((folded(images) - expected).abs().max())
-    if not difference <= TOLERANCE * max(float(expected.abs().max()), 1.0):
+    equal, difference, _ = compare(folded, model, (channels, input_size, input_size))
+    if not equal:
         what = f'folding the BatchNorms of this {type(model).__name__} changes its logits by {difference:.2g}'
         raise InputError(f'{what}: its parts are not called in the order that their names say')
     return folded, difference

@@ -23,6 +23,7 @@ from config.models import keeps_tokens_by_rate
 from config.pretrained import load_trained
 from config.recall import stored_flags
 from datasets import DATA_SETS, find_info
+from engine import forward
 from models.speed import count_macs
 from pipeline.images import ImageDataset
 from pipeline.readers import READERS
@@ -30,7 +31,7 @@ from reports.figures import MOST_NAMES, draw_classes, draw_confusion, thumbnail
 from reports.runs import LoggedRun, printable
 from training import checkpoint as ckpt
 from training.checkpoint import BEST
-from training.devices import default_device, find_amp_dtype, find_device
+from training.devices import find_amp_dtype, find_device
 from training.distributed import Process
 from training.weights import class_names, stored_args
 from utils import InputError, ProgressBar, SizedLoader, one_line
@@ -161,29 +162,21 @@ def predict(
     path = str(run.folder / BEST)
     if not Path(path).exists():
         return f'{run.name} has no {BEST}' + ('' if run.lines else ': no epoch is whole yet')
-    hint = 'leave it out with --no-predictions'
     process = Process()
-    chosen = find_device(device or default_device(process), process=process)
+    chosen = find_device(device)
     try:
         state, args = _read_checkpoint(path, {'--data-path': data_path, '--num_workers': num_workers})
-        names = class_names(state, path)
+        model, _, _ = load_trained(path)
     except InputError as err:
-        raise InputError(f'{one_line(err)}; {hint}') from None
+        raise InputError(f'{one_line(err)}; leave it out with --no-predictions') from None
     try:
-        splits = load_splits(args, process, names, download=False)  # for which a report is no reason
+        splits = load_splits(args, process, class_names(state, path), download=False)  # for which a report is no reason
         loader = open_loaders(args, splits, process, chosen)[1]
     except (InputError, OSError) as err:
         return f'the images of {args.data_set} cannot be read: {one_line(err)}'
-    try:
-        model, _, _ = load_trained(path)
-    except InputError as err:
-        raise InputError(f'{one_line(err)}; {hint}') from None
     keep_rate = state.get('keep_rate') if keeps_tokens_by_rate(args.model) else None
     try:
-        answers = _answers(
-            model.to(chosen), loader, chosen, find_amp_dtype(args.amp, chosen),
-            {} if keep_rate is None else {'keep_rate': keep_rate}, stop
-        )  # fmt: skip
+        answers = _answers(model.to(chosen), loader, chosen, find_amp_dtype(args.amp, chosen), keep_rate, stop)
     except (InputError, OSError) as err:
         return one_line(err)
     except RuntimeError as err:
@@ -208,7 +201,7 @@ def _answers(
     loader: SizedLoader,
     device: torch.device,
     amp_dtype: torch.dtype | None,
-    options: Mapping[str, Any],
+    keep_rate: float | None,
     stop: Callable[[], bool] | None,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Targets, answers and their probabilities, batch by batch."""
@@ -216,9 +209,7 @@ def _answers(
     for images, targets in ProgressBar(loader, header='Predictions', print_freq=10):
         if stop is not None and stop():
             raise InputError('a signal ended the evaluation')
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(images.to(device, non_blocking=True), **options)
-        logits = logits.float()
+        logits = forward(model, images.to(device, non_blocking=True), amp_dtype, keep_rate)
         best = logits.topk(min(5, logits.shape[1])).indices[:, :1]  # of equals, which bfloat16 has, evaluate's choice
         confidence = logits.softmax(dim=1).gather(1, best)
         found.append((targets.cpu().numpy(), best[:, 0].cpu().numpy(), confidence[:, 0].cpu().numpy()))

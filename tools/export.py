@@ -35,8 +35,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
-from config.flags import FROM_ONE, FlagParser
-from config.pretrained import Settings, fold_if_equal, load_trained, takes_image_size
+from config.flags import FlagParser
+from config.pretrained import (
+    Settings,
+    add_checkpoint_flags,
+    compare,
+    fold_if_equal,
+    load_chosen,
+    load_trained,
+    takes_image_size,
+)
 from pipeline.transforms import SMALL_IMAGE
 from reports.card import Origin, model_card
 from training import checkpoint as ckpt
@@ -44,39 +52,26 @@ from utils import InputError, UsageError, count, one_line
 
 PROGRAM = 'export.py'
 BATCH_SIZES = (1, 2, 5)  # of the comparison; none is made at the size that was traced, 3
-TOLERANCE = 1e-5  # as a part of the largest logit where that is above 1
 ABOUT = 'dhvt'  # the name under which a file holds what describes the model, as JSON
 Forward = Callable[[Tensor], Tensor]
 
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser(PROGRAM, description='Write a trained model for other programs.')
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of main.py, path or URL; or safetensors')
+    add_checkpoint_flags(parser)
     parser.add_argument('--format', required=True, choices=tuple(FORMATS))
-    parser.add_argument(
-        '--out',
-        required=True,
-        metavar='PATH',
-        help='the file to write, whose ending may be left out; for timm a folder',
-    )
+    parser.add_argument('--out', required=True, metavar='PATH',
+                        help='the file to write, whose ending may be left out; for timm a folder')  # fmt: skip
     parser.add_argument('--push', metavar='OWNER/NAME', help='upload the folder to this repository of the Hub too')
     parser.add_argument('--license', metavar='NAME', help='yours, for the weights, as the Hub spells it: cc-by-4.0')
     parser.add_argument('--fold-bn', action='store_true', help='fold BatchNorms into the convolutions before them')
-    parser.add_argument('--ema', action='store_true', help='take the moving average of the weights')
-    parser.add_argument('--model', help="a name of timm's registry, where the checkpoint says none")
-    parser.add_argument('--input-size', type=FROM_ONE, help="pixels, in place of the checkpoint's")
     return parser
 
 
 def describe(settings: Settings) -> dict[str, Any]:
     """What a program needs to know to use the logits."""
-    return {
-        'model': settings.name,
-        'input_size': settings.input_size,
-        'classes': settings.classes,
-        'mean': list(settings.mean),
-        'std': list(settings.std),
-    }
+    said = {'model': settings.name, 'input_size': settings.input_size, 'classes': settings.classes}
+    return {**said, 'mean': list(settings.mean), 'std': list(settings.std)}
 
 
 # Each of these writes to a path, and gives the logits of what it has read back from there.
@@ -179,18 +174,6 @@ ENDINGS = {'torch-export': '.pt2', 'onnx': '.onnx', 'safetensors': '.safetensors
 TIMM_FILES = {'README.md', 'config.json', 'model.safetensors'}
 
 
-def compare(forward: Forward, model: nn.Module, settings: Settings) -> tuple[float, float]:
-    """The largest difference of logits on random images, at several batch sizes, and the largest logit."""
-    generator = torch.Generator().manual_seed(0)
-    differences, logits = [], []
-    for batch in BATCH_SIZES:
-        images = torch.randn(batch, *settings.shape, generator=generator)
-        expected = model(images)
-        differences.append(float((forward(images) - expected).abs().max()))
-        logits.append(float(expected.abs().max()))
-    return max(differences), max(logits)
-
-
 def find_target(kind: str, given: Path) -> Path:
     """The place to write to: the given one, with the format's ending. It is looked at before any work is done.
 
@@ -248,10 +231,10 @@ def export(
         made = Path(folder, f'model{ENDINGS[kind]}')
         try:
             forward = FORMATS[kind](model, settings, made, origin)
-            difference, largest = compare(forward, reference, settings)
+            equal, difference, largest = compare(forward, reference, settings.shape, BATCH_SIZES)
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as err:
             raise InputError(f'{settings.name} cannot be written as {kind}: {one_line(err)}') from None
-        if not difference <= TOLERANCE * max(largest, 1.0):
+        if not equal:
             raise InputError(
                 f'{settings.name} as {kind} gives other logits, by {difference:.2g} (the largest is {largest:.3g}): '
                 'nothing was written'
@@ -287,12 +270,8 @@ def push(folder: Path, name: str) -> None:
     api = HfApi()
     try:
         api.create_repo(name, exist_ok=True)
-        api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            allow_patterns=sorted(TIMM_FILES),
-            commit_message='Add model',
-        )
+        files = sorted(TIMM_FILES)
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message='Add model')
     except Exception as err:  # of the library's HTTP client, which differs by version
         reason = ' '.join(str(err).split()) or type(err).__name__
         raise InputError(f'{folder} is written, but {name} could not be uploaded: {reason}') from None
@@ -310,9 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(
                 f'--fold-bn is for torch-export and onnx: {args.format} holds weights for a model that has BatchNorms'
             )
-        model, settings, loaded = load_trained(
-            args.checkpoint, ema=args.ema, name=args.model, input_size=args.input_size
-        )
+        model, settings, loaded = load_chosen(args)
         reference = model
         if args.fold_bn:
             model, difference = fold_if_equal(model, settings.input_size, settings.reading.channels)

@@ -7,7 +7,6 @@ inputs. Images that cannot be read are named on standard error and have no row.
 
 from __future__ import annotations
 
-import bisect
 import csv
 import io
 import itertools
@@ -16,39 +15,48 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
-from config.flags import COUNT, FROM_ONE, PIXELS, FlagParser, usable_workers
-from config.pretrained import fold_if_equal, load_trained
-from pipeline.files import note_left_out, read_file, walk
-from pipeline.images import Reading, Transform, decode, explain_error, pack_names
+from config.flags import COUNT, FROM_ONE, FlagParser, usable_workers
+from config.pretrained import Settings, add_checkpoint_flags, fold_if_equal, load_chosen
+from engine import forward
+from pipeline.file_dataset import FileDataset
+from pipeline.files import note_left_out, walk
+from pipeline.images import ImageDataset, explain_error
+from pipeline.layouts import Split
 from pipeline.lmdb_dataset import ImageFolderLMDB
-from pipeline.transforms import build_transform
-from pipeline.workers import ignore_signals, no_children_left
+from pipeline.loaders import LoaderOptions
+from pipeline.workers import no_children_left
 from training import checkpoint as ckpt
-from training.devices import amp_name, default_device, find_amp_dtype, find_device
-from training.distributed import find_process
-from utils import InputError, one_line
+from training.devices import amp_name, find_amp_dtype, find_device
+from utils import InputError, SizedLoader, one_line
 
 PROGRAM = 'predict.py'
 PRECISIONS = ('auto', 'off', 'fp16', 'bf16')
-Batch = tuple[Tensor, list[int], list[tuple[int, str]]]  # good images (B, 3, S, S), their numbers; bad ones and why
-Row = tuple[str, list[str], list[float]]  # path, classes, probabilities
+Sample = tuple[str, Tensor | str]  # path, and the model's input (C, S, S) or why there is none
+Batch = tuple[list[str], Tensor, list[tuple[str, str]]]  # paths, images (B, C, S, S); paths of bad ones, and why
+
+
+class Row(NamedTuple):
+    path: str
+    classes: list[str]  # the likeliest first
+    probabilities: list[float]
 
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser(PROGRAM, description='Name what images show.')
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of main.py, path or URL; or safetensors')
+    add_checkpoint_flags(parser)
     parser.add_argument('inputs', nargs='+', metavar='INPUT', help='image, folder, .lmdb file, or - for a list')
     parser.add_argument('--out', metavar='FILE', help='the file to write; standard output if not given')
     parser.add_argument(
@@ -59,10 +67,7 @@ def get_args_parser() -> FlagParser:
     parser.add_argument('--num_workers', type=COUNT, help='loader processes; 10, or fewer where there are fewer cores')
     parser.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
     parser.add_argument('--amp', choices=PRECISIONS, help="mixed precision; the run's by default")
-    parser.add_argument('--ema', action='store_true', help='use the moving average of the weights')
     parser.add_argument('--tta', action='store_true', help='mean logits of each image and its mirror image')
-    parser.add_argument('--model', help="a name of timm's registry, where the checkpoint says none")
-    parser.add_argument('--input-size', type=PIXELS, help="pixels, in place of the checkpoint's")
     return parser
 
 
@@ -71,45 +76,42 @@ def say(message: str) -> None:
     tqdm.write(f'{PROGRAM}: {message}', file=sys.stderr)
 
 
+@dataclass
+class Counts:
+    """What became of the inputs."""
+
+    written: int = 0
+    skipped: int = 0
+
+    def skip(self, message: str) -> None:
+        self.skipped += 1
+        say(f'skipped: {message}')
+
+
 # Inputs
 
 
-class _File:
-    """An image in a file of its own."""
+class Part(Dataset[Sample]):
+    """The images of a data set as the model wants them, each under its name after a prefix."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = pack_names(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, index: int) -> str:
-        return os.fsdecode(self.paths[index])
-
-    def raw(self, index: int) -> bytes:
-        return read_file(self.path(index))
-
-
-class _Records:
-    """The images of an LMDB file; their path is the file's and their name in it."""
-
-    def __init__(self, path: str) -> None:
-        self.file = path
-        self.dataset = ImageFolderLMDB(path)
+    def __init__(self, images: ImageDataset, settings: Settings, prefix: str = '') -> None:
+        self.images = images
+        self.settings = settings
+        self.prefix = prefix
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.images)
 
-    def path(self, index: int) -> str:
-        return f'{self.file}/{self.dataset.name(index)}'
-
-    def raw(self, index: int) -> bytes:
-        return self.dataset.raw(index)
+    def __getitem__(self, index: int) -> Sample:
+        path = self.prefix + self.images.name(index)
+        try:
+            return path, self.settings.prepare(self.images.raw(index))
+        except (OSError, ValueError, MemoryError, InputError) as err:
+            return path, explain_error(err)
 
 
 def _images_below(folder: str, complain: Callable[[str], None]) -> Iterator[str]:
     """The images in a folder and below it, by name; hidden ones are left out."""
-
     found = walk(folder, lambda error: complain(f'{error.filename}: {error.strerror}'))
     for note in note_left_out(folder, [found]):
         complain(note)
@@ -125,7 +127,9 @@ def _read_list(stream: IO[bytes]) -> Iterator[str]:
             yield path
 
 
-def find_parts(inputs: Iterable[str], stream: IO[bytes], complain: Callable[[str], None]) -> list[_File | _Records]:
+def find_images(
+    inputs: Iterable[str], stream: IO[bytes], settings: Settings, complain: Callable[[str], None]
+) -> ConcatDataset[Sample]:
     """What the inputs name, in their order.
 
     Args:
@@ -133,19 +137,22 @@ def find_parts(inputs: Iterable[str], stream: IO[bytes], complain: Callable[[str
         stream: the list that '-' stands for.
         complain: called with a line for each input that cannot be had.
     """
-    parts: list[_File | _Records] = []
+    parts: list[Part] = []
     files: list[str] = []
+
+    def add_files() -> None:
+        parts.append(Part(FileDataset(Split(Path(), files, [0] * len(files)), ['']), settings))
+        files.clear()
+
     for path in itertools.chain.from_iterable(_read_list(stream) if path == '-' else [path] for path in inputs):
         if path.endswith('.lmdb'):
             try:
-                records = _Records(path)
+                records = ImageFolderLMDB(path)
             except InputError as err:
                 complain(one_line(err))
                 continue
-            if files:
-                parts.append(_File(files))
-                files = []
-            parts.append(records)
+            add_files()
+            parts.append(Part(records, settings, f'{path}/'))
         elif os.path.isdir(path):  # noqa: PTH112  of a path that is not to change
             found = len(files)
             files += _images_below(path, complain)
@@ -153,44 +160,14 @@ def find_parts(inputs: Iterable[str], stream: IO[bytes], complain: Callable[[str
                 complain(f'{path} holds no images')
         else:
             files.append(path)
-    if files:
-        parts.append(_File(files))
-    return parts
+    add_files()
+    return ConcatDataset(parts)
 
 
-class Inputs(Dataset[tuple[int, Tensor | str]]):
-    """The images of all parts, each as a tensor (C, S, S), or the reason why there is none."""
-
-    def __init__(self, parts: Sequence[_File | _Records], transform: Transform, reading: Reading) -> None:
-        self.parts = parts
-        self.reading = reading
-        self.transform = transform
-        self.ends = list(itertools.accumulate(map(len, parts)))
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def _place(self, number: int) -> tuple[_File | _Records, int]:
-        part = bisect.bisect_right(self.ends, number)
-        return self.parts[part], number - (self.ends[part - 1] if part else 0)
-
-    def path(self, number: int) -> str:
-        part, index = self._place(number)
-        return part.path(index)
-
-    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
-        part, index = self._place(number)
-        try:
-            return number, self.transform(decode(part.raw(index), self.reading))
-        except (OSError, ValueError, MemoryError, InputError) as err:
-            return number, explain_error(err)
-
-
-def collate(samples: Sequence[tuple[int, Tensor | str]]) -> Batch:
-    good = [(number, image) for number, image in samples if isinstance(image, Tensor)]
-    bad = [(number, reason) for number, reason in samples if isinstance(reason, str)]
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
-    return images, [number for number, _ in good], bad
+def collate(samples: Sequence[Sample]) -> Batch:
+    good = [(path, image) for path, image in samples if isinstance(image, Tensor)]
+    bad = [(path, reason) for path, reason in samples if isinstance(reason, str)]
+    return [path for path, _ in good], torch.stack([image for _, image in good]) if good else torch.empty(0), bad
 
 
 # Outputs
@@ -202,36 +179,47 @@ def write_csv(file: IO[str], topk: int) -> Callable[[Row], object]:
     writer.writerow(['path', *(f'{what}{place}' for place in range(1, topk + 1) for what in ('class', 'probability'))])
 
     def write(row: Row) -> None:
-        path, classes, probabilities = row
-        pairs = zip(classes, probabilities, strict=True)
-        writer.writerow([path, *itertools.chain.from_iterable((name, f'{value:.6f}') for name, value in pairs)])
+        pairs = zip(row.classes, row.probabilities, strict=True)
+        writer.writerow([row.path, *itertools.chain.from_iterable((name, f'{value:.6f}') for name, value in pairs)])
 
     return write
 
 
 def write_jsonl(file: IO[str], topk: int) -> Callable[[Row], object]:
     """Gives what writes a row."""
-
-    def write(row: Row) -> None:
-        path, classes, probabilities = row
-        rounded = [round(value, 6) for value in probabilities]
-        file.write(json.dumps({'path': path, 'classes': classes, 'probabilities': rounded}) + '\n')
-
-    return write
+    return lambda row: file.write(json.dumps(row._asdict()) + '\n')
 
 
 WRITERS = {'csv': write_csv, 'jsonl': write_jsonl}
 
 
-@contextmanager
-def _as_text(file: IO[bytes]) -> Iterator[IO[str]]:
-    """A binary file as text, in which names of files are the bytes that they are on the disk."""
-    text = io.TextIOWrapper(file, encoding='utf-8', errors='surrogateescape', newline='')
-    try:
-        yield text
-        text.flush()
-    finally:
-        text.detach()  # or it would close the file
+def write_to(out: str | None, write: Callable[[IO[str]], None]) -> None:
+    """Has text written to a file, which gets its name when it is whole; to pipes and standard output as it comes.
+
+    Names of files are the bytes in it that they are on the disk.
+    """
+    if not out:
+        results = getattr(sys.stdout, 'stream', sys.stdout)  # which end with their reader, as messages do not
+        if isinstance(results, io.TextIOWrapper):
+            results.reconfigure(errors='surrogateescape')
+        write(results)
+        return
+
+    def write_bytes(file: IO[bytes]) -> None:
+        text = io.TextIOWrapper(file, encoding='utf-8', errors='surrogateescape', newline='')
+        try:
+            write(text)
+            text.flush()
+        finally:
+            text.detach()  # or it would close the file
+
+    path = Path(out)
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+        with open(path, 'wb') as file:
+            write_bytes(file)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ckpt.write_file(path, write_bytes)
 
 
 def fold_if_possible(model: nn.Module, input_size: int, channels: int = 3) -> nn.Module:
@@ -245,112 +233,79 @@ def fold_if_possible(model: nn.Module, input_size: int, channels: int = 3) -> nn
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    loader: DataLoader,
     classes: Sequence[str],
+    paths: Sequence[str],
+    images: Tensor,
     *,
-    device: torch.device,
     amp_dtype: torch.dtype | None,
     topk: int,
     tta: bool = False,
-    path: Callable[[int], str],
-    complain: Callable[[str], None],
-) -> Iterator[list[Row]]:
-    """A model's most likely classes of a loader's images, batch by batch.
+) -> list[Row]:
+    """A model's most likely classes of images (B, C, S, S).
 
     Args:
-        loader: gives `Batch`es.
         classes: the names of the logits.
         tta: take the mean logits of each image and its mirror image.
-        path: of an image, by its number.
-        complain: called with a line for each bad image.
     """
-    for images, numbers, bad in loader:
-        for number, reason in bad:
-            complain(f'{path(number)} cannot be read as an image ({reason})')
-        if not numbers:
-            continue
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            images = images.to(device, non_blocking=True)
-            logits = model(images).float()
-            if tta:
-                logits = (logits + model(images.flip(-1)).float()) / 2
-        found = logits.softmax(dim=1).topk(topk)
-        yield [
-            (path(number), [classes[index] for index in indices], values)
-            for number, indices, values in zip(numbers, found.indices.tolist(), found.values.tolist(), strict=True)
-        ]
+    images = images.to(next(model.parameters()).device, non_blocking=True)
+    logits = forward(model, images, amp_dtype)
+    if tta:
+        logits = (logits + forward(model, images.flip(-1), amp_dtype)) / 2
+    found = logits.softmax(dim=1).topk(topk)
+    return [
+        Row(path, [classes[index] for index in indices], [round(value, 6) for value in values])
+        for path, indices, values in zip(paths, found.indices.tolist(), found.values.tolist(), strict=True)
+    ]
+
+
+def write_rows(
+    file: IO[str],
+    write: Callable[[Row], object],
+    loader: SizedLoader,
+    answer: Callable[[list[str], Tensor], list[Row]],
+    counts: Counts,
+    total: int,
+) -> None:
+    """Writes the rows of a loader's `Batch`es as they come.
+
+    Raises:
+        InputError: if there are none.
+    """
+    with tqdm(total=total, unit=' images', disable=None, leave=False) as bar:
+        for paths, images, bad in loader:
+            for path, reason in bad:
+                counts.skip(f'{path} cannot be read as an image ({reason})')
+            for row in answer(paths, images) if paths else ():
+                write(row)
+            file.flush()
+            counts.written += len(paths)
+            bar.update(len(paths))
+    if not counts.written:
+        raise InputError(f'none of the {counts.skipped} inputs could be read')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors(PROGRAM), no_children_left():
-        process = find_process({})
-        device = find_device(args.device or default_device(process), process=process)
-        model, settings, _ = load_trained(args.checkpoint, ema=args.ema, name=args.model, input_size=args.input_size)
+        device = find_device(args.device)
+        model, settings, _ = load_chosen(args)
         stored = settings.args.get('amp')
         amp_dtype = find_amp_dtype(args.amp or (stored if stored in PRECISIONS else 'auto'), device)
         model = fold_if_possible(model, settings.input_size, settings.reading.channels).to(device)
         topk = min(args.topk, len(settings.classes))
-        skipped = 0
-
-        def complain(message: str) -> None:
-            nonlocal skipped
-            skipped += 1
-            say(f'skipped: {message}')
-
-        parts = find_parts(
-            args.inputs, sys.stdin.buffer if '-' in args.inputs and sys.stdin else io.BytesIO(), complain
-        )
-        transform = build_transform(train=False, input_size=settings.input_size, channels=settings.reading.channels)
-        inputs = Inputs(parts, transform, settings.reading)
+        answer = partial(predict, model, settings.classes, amp_dtype=amp_dtype, topk=topk, tta=args.tta)
+        counts = Counts()
+        listed = sys.stdin.buffer if '-' in args.inputs and sys.stdin else io.BytesIO()
+        inputs = find_images(args.inputs, listed, settings, counts.skip)
         workers = min(usable_workers(args.num_workers), -(-len(inputs) // args.batch_size))
-        loader = DataLoader(
-            inputs,
-            batch_size=args.batch_size,
-            collate_fn=collate,
-            num_workers=workers,
-            worker_init_fn=ignore_signals,
-            pin_memory=device.type == 'cuda',
-        )
-        ending = Path(args.out).suffix[1:].lower() if args.out else ''
-        kind = args.format or (ending if ending in WRITERS else 'csv')
-        written = 0
+        options = LoaderOptions(device=device, workers=workers)
+        loader = options.loader(inputs, batch_size=args.batch_size, collate_fn=collate)
+        ending = Path(args.out or '').suffix[1:].lower()
+        writer = WRITERS[args.format or (ending if ending in WRITERS else 'csv')]
         began = time.perf_counter()
-
-        def run(file: IO[str]) -> None:
-            nonlocal written
-            write = WRITERS[kind](file, topk)
-            batches = predict(model, loader, settings.classes, device=device, amp_dtype=amp_dtype, topk=topk,
-                              tta=args.tta, path=inputs.path, complain=complain)  # fmt: skip
-            with tqdm(total=len(inputs), unit=' images', disable=None, leave=False) as bar:
-                for rows in batches:
-                    for row in rows:
-                        write(row)
-                    file.flush()
-                    written += len(rows)
-                    bar.update(len(rows))
-            if not written:
-                raise InputError(f'none of the {skipped} inputs could be read')
-
-        def run_in_file(file: IO[bytes]) -> None:
-            with _as_text(file) as text:
-                run(text)
-
         try:
-            if args.out:
-                out = Path(args.out)
-                if out.exists() and not out.is_file():  # a pipe or a device is written to, not replaced
-                    with open(out, 'wb') as file:
-                        run_in_file(file)
-                else:
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    ckpt.write_file(out, run_in_file)
-            else:
-                results = getattr(sys.stdout, 'stream', sys.stdout)  # which end with their reader, as messages do not
-                if isinstance(results, io.TextIOWrapper):
-                    results.reconfigure(errors='surrogateescape')
-                run(results)
+            write_to(args.out, lambda file: write_rows(file, writer(file, topk), loader, answer, counts, len(inputs)))
         except torch.OutOfMemoryError:
             raise InputError('out of GPU memory: lower --batch-size') from None
         except RuntimeError as err:
@@ -360,10 +315,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = time.perf_counter() - began
         where = f' to {args.out}' if args.out else ''
         mirrored = ', with mirror images' if args.tta else ''
-        say(
-            f'{written} images{where}, {skipped} skipped, in {seconds:.1f} s: {written / seconds:.0f} images/s, '
-            f'{amp_name(amp_dtype)} on {device}, {settings.name} at {settings.input_size} px{mirrored}'
-        )
+        rate = f'{seconds:.1f} s: {counts.written / seconds:.0f} images/s'
+        how = f'{amp_name(amp_dtype)} on {device}, {settings.name} at {settings.input_size} px{mirrored}'
+        say(f'{counts.written} images{where}, {counts.skipped} skipped, in {rate}, {how}')
 
 
 if __name__ == '__main__':

@@ -42,11 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, PART, FlagParser
 from config.models import evit_kwargs, keeps_tokens_by_rate
-from config.pretrained import Settings, load_trained
+from config.pretrained import Settings, load_trained, read_image
 from models.dhvt import DHVT
 from models.evit import EViT
-from pipeline.images import Reading, decode
-from pipeline.transforms import build_transform
 from reports.figures import drawable, set_fonts, shorten_text
 from training import checkpoint as ckpt
 from training.weights import stored_args
@@ -71,18 +69,6 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--base_keep_rate', type=PART, help="in place of the checkpoint's, as is --fuse_token")
     group.add_argument('--fuse_token', action='store_true', help='fuse in place of dropping')
     return parser
-
-
-def read_image(path: str, reading: Reading) -> Image.Image:
-    """An image as the model was trained on it.
-
-    Raises:
-        InputError: if it cannot be decoded.
-    """
-    try:
-        return decode(Path(path).read_bytes(), reading)
-    except ValueError as err:
-        raise InputError(f'{path} cannot be read as an image ({err})') from None
 
 
 def write_png(path: str, save: Any) -> Path:
@@ -111,32 +97,28 @@ def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
 
     The weights are the softmax of the queries and keys that the pass itself made, which the fused kernels do not show.
     """
-    made: dict[tuple[str, int], Tensor] = {}
+    made: dict[nn.Module, Tensor] = {}
 
-    def keep(key: tuple[str, int], module: nn.Module, inputs: Any, output: Tensor) -> None:
-        made[key] = output
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        made[module] = output
 
-    hooks = []
     blocks: Any = model.blocks
-    for number, block in enumerate(blocks):
-        hooks.append(block.attn.qkv.register_forward_hook(partial(keep, ('qkv', number))))
-        if hasattr(block.mlp, 'excitation'):
-            hooks.append(block.mlp.excitation.register_forward_hook(partial(keep, ('channels', number))))
+    weighers = [getattr(block.mlp, 'excitation', None) for block in blocks]
+    watched = [*(block.attn.qkv for block in blocks), *filter(None, weighers)]
+    hooks = [module.register_forward_hook(keep) for module in watched]
     try:
         probabilities = model(images).softmax(dim=-1)
     finally:
         for hook in hooks:
             hook.remove()
 
-    attention, channels = [], []
-    for number, block in enumerate(blocks):
-        attn = block.attn
-        q, k, _ = rearrange(made['qkv', number], 'b t (qkv h d) -> qkv b h t d', qkv=3, h=attn.num_heads)
+    attention = []
+    for attn in (block.attn for block in blocks):
+        q, k, _ = rearrange(made[attn.qkv], 'b t (qkv h d) -> qkv b h t d', qkv=3, h=attn.num_heads)
         if isinstance(model, VisionTransformer):
             q, k = attn.q_norm(q), attn.k_norm(k)
         attention.append(((q @ k.transpose(-2, -1)) * attn.scale).softmax(dim=-1))
-        weight = made.get(('channels', number))
-        channels.append(None if weight is None else weight[:, 0])
+    channels = [None if weigher is None else made[weigher][:, 0] for weigher in weighers]
     patch: Any = model.patch_embed
     sides = to_2tuple(patch.patch_size)
     grid = images.shape[-2] // sides[0], images.shape[-1] // sides[1]
@@ -279,20 +261,6 @@ def attention(args: argparse.Namespace) -> None:
 # EViT
 
 
-def load_evit(path: str, *, base_keep_rate: float | None, fuse_token: bool) -> tuple[EViT, Settings]:
-    """The EViT of a checkpoint, in eval mode, and its settings.
-
-    Raises:
-        InputError: if the checkpoint is not of one.
-    """
-    if not is_evit(path):
-        raise InputError(f'{path} is not of an EViT (deit_…_shrink_base)')
-    given = {'base_keep_rate': base_keep_rate, 'fuse_token': fuse_token or None}
-    model, settings, _ = load_trained(path, further=evit_kwargs(given))
-    assert isinstance(model, EViT)
-    return model, settings
-
-
 @torch.no_grad()
 def find_states(model: EViT, image: Tensor) -> dict[int, np.ndarray]:
     """For each block that shrinks, what has become of each patch of an image (1, 3, H, W), as KEPT, FUSED or DROPPED.
@@ -343,12 +311,15 @@ def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]]
 
 
 def evit_mask(args: argparse.Namespace) -> None:
-    model, settings = load_evit(args.checkpoint, base_keep_rate=args.base_keep_rate, fuse_token=args.fuse_token)
-    transform = build_transform(train=False, input_size=settings.input_size, channels=settings.reading.channels)
+    if not is_evit(args.checkpoint):
+        raise InputError(f'{args.checkpoint} is not of an EViT (deit_…_shrink_base)')
+    given = {'base_keep_rate': args.base_keep_rate, 'fuse_token': args.fuse_token or None}
+    model, settings, _ = load_trained(args.checkpoint, further=evit_kwargs(given))
+    assert isinstance(model, EViT)
     mean, std = (torch.tensor(value)[:, None, None] for value in (settings.mean, settings.std))
     pictures, states = [], []
     for path in args.images:
-        image: Tensor = transform(read_image(path, settings.reading))  # (C, S, S)
+        image: Tensor = settings.transform(read_image(path, settings.reading))  # (C, S, S)
         states.append(find_states(model, image[None]))
         pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
         pictures.append(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())

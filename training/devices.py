@@ -26,12 +26,18 @@ def default_device(process: Process) -> str:
     return 'mps' if torch.backends.mps.is_available() and process.world_size == 1 else 'cpu'
 
 
-def find_device(name: str, *, process: Process) -> torch.device:
+def find_device(name: str | None, *, process: Process | None = None) -> torch.device:
     """The device of a name such as 'cuda', 'cuda:1', 'cpu'; 'cuda' alone means the GPU of the process's local rank.
+
+    Args:
+        name: `default_device`'s if None.
+        process: this one in its group; None where it is alone.
 
     Raises:
         UsageError: if there is no such device here.
     """
+    process = process or Process()
+    name = name or default_device(process)
     try:
         device = torch.device(name)
         if device.type not in ('cuda', 'mps', 'cpu'):
