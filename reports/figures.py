@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from reports.runs import LoggedRun
+from reports.runs import LoggedRun, spread_of
 
 FIGURES = ('accuracy', 'loss', 'learning_rate', 'grad_norm', 'keep_rate', 'throughput', 'time', 'confusion', 'classes')
 BLUE, ORANGE, GREY, RED, LIGHT = '#1f5fae', '#d9741a', '#6f7782', '#b8352c', '#b9bfc7'
@@ -355,10 +354,9 @@ def draw_rows(title: str, rows: Mapping[str, Sequence[float]], paper: Sequence[f
     low = max(5 * ((min(shown) - 4) // 5), 0)
     figure, axes = _figure(8, 1.3 + 0.42 * len(rows))
     for place, values in done:
-        spread = stdev(values) if len(values) > 1 else None
-        axes.barh(place, fmean(values) - low, 0.6, low, color=BLUE, xerr=spread, capsize=3)
-        text = f'{fmean(values):.2f}' + ('' if spread is None else f' ± {spread:.2f}')
-        axes.annotate(text, (1.01, place), xycoords=('axes fraction', 'data'), va='center', fontsize=9)
+        spread = spread_of(values)
+        axes.barh(place, spread.mean - low, 0.6, low, color=BLUE, xerr=spread.deviation, capsize=3)
+        axes.annotate(str(spread), (1.01, place), xycoords=('axes fraction', 'data'), va='center', fontsize=9)
     for points, label, style in ((dots, 'a run', {'marker': 'o', 'color': 'white', 'mec': 'black', 'ms': 4}),
                                  (marks, 'paper', {'marker': '|', 'color': ORANGE, 'mew': 3, 'ms': 18})):  # fmt: skip
         if points:

@@ -66,6 +66,23 @@ class Best(NamedTuple):
     epoch: int
 
 
+class Spread(NamedTuple):
+    """Of a result of several runs, in percent. `deviation` is that of a sample (n - 1), None of one run."""
+
+    mean: float
+    deviation: float | None
+    best: float
+    worst: float
+
+    def __str__(self) -> str:
+        return f'{self.mean:.2f}' + ('' if self.deviation is None else f' ± {self.deviation:.2f}')
+
+
+def spread_of(values: Sequence[float]) -> Spread:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), deviation, max(values), min(values))
+
+
 @dataclass
 class LoggedRun:
     """A run as its folder tells it.
@@ -108,6 +125,11 @@ class LoggedRun:
         if self.chosen_on == 'test':
             return self.best
         return Best(self.test['acc1'], self.test['epoch']) if self.test else None
+
+    @property
+    def final(self) -> float | None:
+        """What a finished run counts with, in percent; None of one that is not finished."""
+        return self.tested.value if self.is_finished and self.tested is not None else None
 
     @property
     def planned(self) -> int | None:
@@ -336,21 +358,14 @@ def group_by_settings(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
     return dict(zip(labels, groups.values(), strict=True))
 
 
-@dataclass
-class SeedStatistics:
-    """One result over the seeds of a group: mean and sample standard deviation (n - 1), best and worst, in percent."""
+def seed_statistics(
+    groups: dict[str, list[LoggedRun]],
+) -> tuple[list[tuple[str, str, list[str], Spread]], list[str]]:
+    """Of each group whose finished runs have two seeds at least: its name, a result's, the seeds, and their results.
 
-    group: str
-    result: str
-    seeds: list[str]
-    mean: float
-    deviation: float
-    best: float
-    worst: float
-
-
-def seed_statistics(groups: dict[str, list[LoggedRun]]) -> tuple[list[SeedStatistics], list[str]]:
-    """Statistics of the finished runs of each group with two seeds at least, and notes on what was left out."""
+    Returns:
+        These, and notes on what was left out.
+    """
     found, notes = [], []
     for label, group in groups.items():
         counted: dict[str, LoggedRun] = {}
@@ -370,6 +385,5 @@ def seed_statistics(groups: dict[str, list[LoggedRun]]) -> tuple[list[SeedStatis
         for result, entries in results.items():
             values = [entry.value for entry in entries if entry is not None]
             if len(values) == len(counted) > 1:
-                mean, deviation = statistics.fmean(values), statistics.stdev(values)
-                found.append(SeedStatistics(label, result, [*counted], mean, deviation, max(values), min(values)))
+                found.append((label, result, [*counted], spread_of(values)))
     return found, notes

@@ -46,7 +46,7 @@ from config.flags import FROM_ONE, SEED, FlagParser
 from datasets import find_info
 from pipeline.workers import SIGNALS
 from reports.figures import draw_rows
-from reports.runs import LoggedRun, read_run
+from reports.runs import LoggedRun, read_run, spread_of
 from training import checkpoint as ckpt
 from training.signals import Interrupted, Interrupts
 from training.state import different_arguments
@@ -173,18 +173,11 @@ def find_run(folder: Path) -> LoggedRun | None:
     return read_run(folder) if (folder / 'args.yaml').exists() else None
 
 
-def best_accuracy(run: LoggedRun | None) -> float | None:
-    """What a finished run counts with, in percent; None of one that is not finished."""
-    tested = run.tested if run is not None and run.is_finished else None
-    return None if tested is None else tested.value
-
-
 def find_finished(folder: Path) -> dict[str, tuple[float, LoggedRun]]:
     """The finished runs in a row's folder, by seed and fold, with what they count with."""
     paths = sorted(folder.glob('seed*'), key=lambda path: [int(number) for number in re.findall(r'\d+', path.name)])
     found = {path.name.removeprefix('seed'): find_run(path) for path in paths}
-    scored = {name: (best_accuracy(run), run) for name, run in found.items()}
-    return {name: (best, run) for name, (best, run) in scored.items() if best is not None and run is not None}
+    return {name: (run.final, run) for name, run in found.items() if run is not None and run.final is not None}
 
 
 def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
@@ -217,7 +210,7 @@ def describe_training(run: LoggedRun) -> str:
 
 def figures_of(row: Row, runs: Mapping[str, tuple[float, LoggedRun]]) -> dict[str, Any]:
     """A line of table.csv, of a row's finished runs. `images` seen in training and `seconds` are means over them."""
-    values = [accuracy for accuracy, _ in runs.values()]
+    spread = spread_of([accuracy for accuracy, _ in runs.values()]) if runs else None
     parameters = {int(entry.value) for _, run in runs.values() if (entry := run.result('n_parameters')) is not None}
     images, seconds = (  # None of runs that have not logged them
         statistics.fmean(run.total(*names) for _, run in runs.values()) or None if runs else None
@@ -229,10 +222,10 @@ def figures_of(row: Row, runs: Mapping[str, tuple[float, LoggedRun]]) -> dict[st
         'options': row.options,
         'flags': row.flags,
         'parameters': max(parameters, default=None),
-        'runs': len(values),
-        'mean': statistics.fmean(values) if values else None,
-        'sd': statistics.stdev(values) if len(values) > 1 else None,
-        'best': max(values, default=None),
+        'runs': len(runs),
+        'mean': spread and spread.mean,
+        'sd': spread and spread.deviation,
+        'best': spread and spread.best,
         'paper': row.paper,
         'images': images,
         'seconds': seconds,
@@ -367,13 +360,13 @@ def run_one(what: str, flags: Sequence[str], *, folder: Path, nproc: int) -> flo
     if child.signal:
         name = signal.Signals(child.signal).name
         raise Interrupted(child.signal, f'{name} in {what}; the same command goes on from there ({log})')
-    accuracy = best_accuracy(find_run(folder)) if not code else None
-    if accuracy is None:
+    run = None if code else find_run(folder)
+    if run is None or run.final is None:
         raise InputError(
             f'{what} ended with exit code {code}: {last_line(log)!r}. Its log is {log}; once that is mended, the same '
             'command goes on from there'
         )
-    return accuracy
+    return run.final
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -407,7 +400,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         output.mkdir(parents=True, exist_ok=True)
         for number, (row, name, folder) in enumerate(runs, 1):
             what = f'run {number} of {len(runs)}: {row.name}, {name}'
-            if best_accuracy(find_run(folder)) is not None:
+            before = find_run(folder)
+            if before is not None and before.final is not None:
                 print(f'{what}: finished before', flush=True)
                 continue
             print(f'{what} … {folder / LOG}', flush=True)
