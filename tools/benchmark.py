@@ -14,6 +14,7 @@ with the lowest and the highest. tools/benchmark_augment.py and tools/benchmark_
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import platform
@@ -22,13 +23,12 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,7 +42,7 @@ from engine import TrainSettings, evaluate, train_one_epoch
 from losses import create_criterion
 from models.folding import fold_batchnorm
 from pipeline.workers import no_children_left
-from training.devices import default_device, find_amp_dtype, find_device, keep_freed_memory, set_backends
+from training.devices import find_amp_dtype, find_device, keep_freed_memory, set_backends
 from training.distributed import Process
 from training.ema import MovingAverage
 from utils import InputError, UsageError, num_usable_cores
@@ -70,39 +70,21 @@ def parse_variant(text: str) -> Variant:
     return Variant(text.strip() or 'as it is', flags)
 
 
-class Batches:
-    """The same made-up batch, so many times."""
+def prepare_loader(args: argparse.Namespace, device: torch.device) -> Pass:
+    """What reads batches of training images."""
+    loader = open_loaders(args, load_splits(args, Process(), None), Process(), device)[0]
+    assert loader is not None
+    epochs = itertools.count()
 
-    def __init__(self, batch: tuple[Tensor, Tensor], number: int) -> None:
-        self.batch, self.number = batch, number
+    def read(number: int) -> int:
+        loader.batch_sampler.start(next(epochs))
+        return sum(len(images) for images, _ in itertools.islice(loader, number))
 
-    def __len__(self) -> int:
-        return self.number
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return itertools.repeat(self.batch, self.number)
+    return read
 
 
-def prepare(what: str, flags: Sequence[str]) -> Pass:
-    """Builds everything that main.py builds from the flags; returns what is timed."""
-    args = parse_args([*DEFAULTS, *flags])
-    process = Process()
-    device = find_device(args.device or default_device(process), process=process)
-    set_backends(deterministic=args.deterministic, tf32=args.tf32 and device.type == 'cuda')
-    if device.type == 'cpu':
-        keep_freed_memory()
-    if what == 'loader':
-        splits = load_splits(args, process, None)
-        loader = open_loaders(args, splits, process, device)[0]
-        assert loader is not None
-        epochs = itertools.count()
-
-        def read(number: int) -> int:
-            loader.batch_sampler.start(next(epochs))
-            return sum(len(images) for images, _ in itertools.islice(loader, number))
-
-        return read
-
+def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> Pass:
+    """What trains or evaluates a model on the same made-up batch, so many times."""
     amp_dtype = find_amp_dtype(args.amp, device)
     model = build_model(args, args.nb_classes).to(device)
     memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
@@ -115,7 +97,7 @@ def prepare(what: str, flags: Sequence[str]) -> Pass:
         folded = fold_batchnorm(model)
 
         def test(number: int) -> int:
-            evaluate(model=folded, loader=Batches(batch, number), device=device, amp_dtype=amp_dtype)
+            evaluate(model=folded, loader=[batch] * number, device=device, amp_dtype=amp_dtype)
             return number * size
 
         return test
@@ -126,17 +108,27 @@ def prepare(what: str, flags: Sequence[str]) -> Pass:
         amp_dtype=amp_dtype, clip_grad=args.clip_grad, accum_steps=args.accum_steps, mixup_fn=mixup,
         memory_format=memory_format,
     )  # fmt: skip
-    trained = prepare_training(args, model, process, device)
+    trained = prepare_training(args, model, Process(), device)
     optimizer = build_optimizer(args, model, args.lr * size / 512, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     average = MovingAverage(model, decay=args.model_ema_decay) if args.model_ema else None
 
     def train(number: int) -> int:
-        batches = Batches(batch, number * args.accum_steps)
+        batches = [batch] * (number * args.accum_steps)
         train_one_epoch(trained, batches, optimizer, scaler, settings, epoch=0, model_ema=average)
         return len(batches) * size
 
     return train
+
+
+def prepare(what: str, flags: Sequence[str]) -> Pass:
+    """Builds everything that main.py builds from the flags; returns what is timed."""
+    args = parse_args([*DEFAULTS, *flags])
+    device = find_device(args.device)
+    set_backends(deterministic=args.deterministic, tf32=args.tf32 and device.type == 'cuda')
+    if device.type == 'cpu':
+        keep_freed_memory()
+    return prepare_loader(args, device) if what == 'loader' else prepare_model(what, args, device)
 
 
 def measure(what: str, variants: Sequence[Variant], common: Sequence[str], *, rounds: int, seconds: float) -> None:

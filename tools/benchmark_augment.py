@@ -25,16 +25,17 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, SEED, FlagParser
+from config.pretrained import read_image
 from pipeline.augment import OPS, BatchedAugment, apply_op
-from pipeline.images import decode, image_extensions
+from pipeline.images import image_extensions
 from pipeline.transforms import Augmentation
 from training.devices import find_device
-from training.distributed import Process
 from utils import InputError, seed_all
 
 GEOMETRIC = ('rotate', 'shear_x', 'shear_y', 'translate_x_rel', 'translate_y_rel')
@@ -63,20 +64,13 @@ def read_images(folder: Path, *, images: int, input_size: int, seed: int) -> lis
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in image_extensions())
     if len(paths) < images:
         raise InputError(f'{folder} has {len(paths)} images, not {images}: give another folder, or --images')
-    found = []
-    for path in random.Random(seed).sample(paths, images):
-        try:
-            image = decode(path.read_bytes())
-        except ValueError as err:
-            raise InputError(f'{path} cannot be read as an image ({err})') from None
-        square = (input_size, input_size)
-        found.append(image if image.size == square else image.resize(square, Image.Resampling.BICUBIC))
-    return found
+    found = map(read_image, random.Random(seed).sample(paths, images))
+    return [image.resize((input_size, input_size), Image.Resampling.BICUBIC) for image in found]
 
 
 def to_batch(images: Sequence[Image.Image]) -> Tensor:
     """uint8 (n, 3, H, W)."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+    return torch.stack([pil_to_tensor(image) for image in images])
 
 
 def compare_op(name: str, images: Sequence[Image.Image], *, cubic: bool, device: torch.device) -> list[str]:
@@ -90,19 +84,18 @@ def compare_op(name: str, images: Sequence[Image.Image], *, cubic: bool, device:
         argument = to_argument(min(random.gauss(9, 0.5), 10), {'translate_const': 0}) if to_argument else ()
         arguments += argument or (0,)
         outs.append(op(image, *argument, fillcolor=FILL, resample=resample))
-    expected = to_batch(outs).int()
+    expected = to_batch(outs).short()
+    parts = [slice(start, start + 500) for start in range(0, len(images), 500)]  # for the device's memory
     cells = []
     for exact in (True, False):
-        greatest, total, identical = 0, 0, 0
-        for start in range(0, len(images), 500):  # a part at a time, for the memory's sake
-            part = slice(start, start + 500)
-            batch = to_batch(images[part]).to(device)
-            found = apply_op(batch, name, np.array(arguments[part]), cubic=cubic, fill=FILL, exact=exact).cpu()
-            difference = (found.int() - expected[part]).abs().flatten(1)
-            greatest = max(greatest, int(difference.max()))
-            total += int(difference.sum())
-            identical += int((difference.amax(1) == 0).sum())
-        cells += [f'{identical:,}', str(greatest), f'{total / expected.numel():.5f}']
+        found = torch.cat([
+            apply_op(to_batch(images[part]).to(device), name, np.array(arguments[part]), cubic=cubic, fill=FILL,
+                     exact=exact).cpu()
+            for part in parts
+        ])  # fmt: skip
+        difference = (found - expected).abs().flatten(1)
+        mean = int(difference.sum()) / difference.numel()
+        cells += [f'{int((difference.amax(1) == 0).sum()):,}', str(int(difference.max())), f'{mean:.5f}']
     return cells
 
 
@@ -161,7 +154,7 @@ def measure_rates(images: Sequence[Image.Image], aa: str, seed: int, rounds: int
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     with one_line_errors('benchmark_augment.py'):
-        device = find_device(args.device, process=Process())
+        device = find_device(args.device)
         torch.set_num_threads(1)
         seed_all(args.seed)
         wanted = max(args.images, args.batch_size)
