@@ -11,13 +11,17 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from reports.figures import FIGURES, choose_colors, draw_log
+from reports.figures import FIGURES, Picture, choose_colors, draw_log
 from reports.predictions import Predictions, describe_predictions, find_cost, predict
-from reports.runs import Best, LoggedRun, find_differences, group_by_settings, read_runs, seed_statistics, show_value
+from reports.runs import Best, LoggedRun, find_differences, group_by_settings, read_runs, show_value
+from reports.seeds import seed_statistics
 from training import checkpoint as ckpt
 from utils import InputError, format_seconds, one_line, shorten
 
-TEMPLATE = 'page.html'
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True
+)  # fmt: skip
 
 
 class Fact(NamedTuple):
@@ -63,17 +67,51 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
     ]
 
 
-def _find_notes(run: LoggedRun) -> list[str]:
+def compare_facts(runs: Sequence[LoggedRun]) -> tuple[list[list[Fact]], list[str], list[str]]:
+    """The facts of each run, without those that no run has; their labels; and notes on what could not be found."""
+    known: dict[str, tuple[int, int]] = {}
+    facts, notes = [], []
+    for run in runs:
+        cost = None
+        try:
+            cost = find_cost(run, known)
+        except InputError as err:
+            notes.append(f'{run.name}: {one_line(err)}')
+        facts.append(list_facts(run, cost))
+    columns = [column for number, column in enumerate(zip(*facts, strict=True))
+               if number == 0 or any(fact.value.strip('– /') for fact in column)]  # fmt: skip
+    labels = [' / '.join(dict.fromkeys(fact.label for fact in column)) for column in columns]
+    return [list(row) for row in zip(*columns, strict=True)], labels, notes
+
+
+def _find_notes(runs: Sequence[LoggedRun]) -> list[str]:
     notes = []
-    if not run.is_finished:
-        notes.append(f'{run.name} is not finished: {run.status}')
-    broken = len(list(run.folder.glob('non_finite_*.json')))
-    if broken:
-        notes.append(f'{run.name} has {broken} non_finite_….json: steps whose loss or gradient was no finite number')
-    skipped = sum(run.series('train_skipped_steps')[1])
-    if skipped:
-        notes.append(f'the loss scaler left out {skipped:.0f} steps of {run.name}')
+    for run in runs:
+        if not run.is_finished:
+            notes.append(f'{run.name} is not finished: {run.status}')
+        broken = len(list(run.folder.glob('non_finite_*.json')))
+        if broken:
+            what = 'steps whose loss or gradient was no finite number'
+            notes.append(f'{run.name} has {broken} non_finite_….json: {what}')
+        skipped = sum(run.series('train_skipped_steps')[1])
+        if skipped:
+            notes.append(f'the loss scaler left out {skipped:.0f} steps of {run.name}')
+    held_out = [run.name for run in runs if run.chosen_on == 'held-out']
+    if 0 < len(held_out) < len(runs):
+        notes.append(f'the best epochs of {shorten(held_out)} are chosen on held-out images, of the other runs on the '
+                     'test images: these accuracies are not comparable')  # fmt: skip
     return notes
+
+
+def _write_figures(pictures: Sequence[Picture], folder: Path) -> None:
+    """Writes pictures as PNGs, and removes those of an earlier report."""
+    folder.mkdir(exist_ok=True)
+    drawn = {picture.name: picture.data for picture in pictures}
+    for path in (folder / f'{name}.png' for name in FIGURES):
+        if path.stem in drawn:
+            ckpt.write_bytes(path, drawn[path.stem])
+        else:
+            path.unlink(missing_ok=True)
 
 
 def make(
@@ -108,42 +146,21 @@ def make(
     out = out or (folders[0] / 'report.html' if len(folders) == 1 else Path('report.html'))
     groups = group_by_settings(runs)
     choose_colors(groups)
-    notes = [note for run in runs for note in _find_notes(run)]
-    held_out = [run.name for run in runs if run.chosen_on == 'held-out']
-    if 0 < len(held_out) < len(runs):
-        notes.append(f'the best epochs of {shorten(held_out)} are chosen on held-out images, of the other runs on the '
-                     'test images: these accuracies are not comparable')  # fmt: skip
-    known: dict[str, tuple[int, int]] = {}
-    facts = []
-    for run in runs:
-        cost = None
-        try:
-            cost = find_cost(run, known)
-        except InputError as err:
-            notes.append(f'{run.name}: {one_line(err)}')
-        facts.append(list_facts(run, cost))
-    wanted = [number for number, column in enumerate(zip(*facts, strict=True))  # that any run has
-              if number == 0 or any(fact.value.strip('– /') for fact in column)]  # fmt: skip
-    facts = [[entries[number] for number in wanted] for entries in facts]
-    columns = [' / '.join(dict.fromkeys(fact.label for fact in column)) for column in zip(*facts, strict=True)]
+    facts, columns, unknown = compare_facts(runs)
     over_seeds, left_out = seed_statistics(groups)
-    scored = [(result.value, run) for run in runs if (result := run.best) is not None]
-    best = max(scored, key=lambda entry: entry[0])[1] if scored else runs[0]
+    best = max(runs, key=lambda run: run.best.value if run.best is not None else -math.inf)
     found: Predictions | str = 'they were not asked for (--no-predictions)'
     if predictions:
         found = predict(best, data_path=data_path, device=device, num_workers=num_workers, stop=stop)
     described = None if isinstance(found, str) else describe_predictions(found, mistakes)
     pictures = draw_log(runs)
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True
-    ).get_template(TEMPLATE).render(
+    page = TEMPLATES.get_template('page.html').render(
         title=runs[0].name if len(runs) == 1 else f'{len(runs)} runs: {shorten(run.name for run in runs)}',
         runs=runs,
         best=best,
         facts=facts,
         columns=columns,
-        notes=[*notes, *left_out],
+        notes=[*_find_notes(runs), *unknown, *left_out],
         over_seeds=over_seeds,
         differences=find_differences(runs) if len(runs) > 1 else {},
         pictures=pictures,
@@ -151,15 +168,8 @@ def make(
         why_not='' if described else found,
         arguments=[(name, show_value(value)) for name, value in {**runs[0].args, **runs[0].derived}.items()],
         made=datetime.now().strftime('%Y-%m-%d %H:%M'),
-    )  # fmt: skip
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f'{out.stem}_figures')
-    beside.mkdir(exist_ok=True)
-    drawn = {picture.name: picture for picture in (*pictures, *(described or {'pictures': []})['pictures'])}
-    for name in FIGURES:
-        if name in drawn:
-            ckpt.write_bytes(beside / f'{name}.png', drawn[name].data)
-        else:
-            (beside / f'{name}.png').unlink(missing_ok=True)  # of an earlier report
+    _write_figures([*pictures, *(described['pictures'] if described else ())], out.with_name(f'{out.stem}_figures'))
     ckpt.write_bytes(out, page.encode('utf-8', 'backslashreplace'))
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +34,6 @@ MOST_LOG_BYTES, MOST_YAML_BYTES = 32 << 20, 256 << 10
 MOST_IN_LINE = 100_000  # characters
 MOST_VALUE = 1e100  # with larger ones figures have no axes
 
-RESULTS = {  # for the statistics over seeds: column of log.txt, and whether the best epoch counts or the last
-    '{} accuracy, best epoch': ('test_acc1', True),
-    '{} accuracy, last epoch': ('test_acc1', False),
-    'moving average, best epoch': ('ema_test_acc1', True),
-    'moving average, last epoch': ('ema_test_acc1', False),
-}
-
 
 def printable(text: object) -> str:
     """Text for HTML and figures: names of files may hold bytes that are no characters."""
@@ -64,23 +56,6 @@ def show_value(value: Any) -> str:
 class Best(NamedTuple):
     value: float
     epoch: int
-
-
-class Spread(NamedTuple):
-    """Of a result of several runs, in percent. `deviation` is that of a sample (n - 1), None of one run."""
-
-    mean: float
-    deviation: float | None
-    best: float
-    worst: float
-
-    def __str__(self) -> str:
-        return f'{self.mean:.2f}' + ('' if self.deviation is None else f' ± {self.deviation:.2f}')
-
-
-def spread_of(values: Sequence[float]) -> Spread:
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.fmean(values), deviation, max(values), min(values))
 
 
 @dataclass
@@ -356,34 +331,3 @@ def group_by_settings(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
     labels = [label if label and labels.count(label) == 1 else first.name
               for label, first in zip(labels, firsts, strict=True)]  # fmt: skip
     return dict(zip(labels, groups.values(), strict=True))
-
-
-def seed_statistics(
-    groups: dict[str, list[LoggedRun]],
-) -> tuple[list[tuple[str, str, list[str], Spread]], list[str]]:
-    """Of each group whose finished runs have two seeds at least: its name, a result's, the seeds, and their results.
-
-    Returns:
-        These, and notes on what was left out.
-    """
-    found, notes = [], []
-    for label, group in groups.items():
-        counted: dict[str, LoggedRun] = {}
-        for run in group if len(group) > 1 else ():
-            seed = show_value(run.args.get('seed'))
-            if not run.is_finished:
-                notes.append(f'{run.name} is not counted over the seeds, as it is not finished')
-            elif seed in counted:
-                notes.append(f'{run.name} is not counted over the seeds: it is {counted[seed].name} once more')
-            else:
-                counted[seed] = run
-        images = group[0].chosen_on
-        results = {result.format(images): [run.result(name, best=best) for run in counted.values()]
-                   for result, (name, best) in RESULTS.items()}  # fmt: skip
-        if images != 'test':
-            results = {'test accuracy': [run.tested for run in counted.values()], **results}
-        for result, entries in results.items():
-            values = [entry.value for entry in entries if entry is not None]
-            if len(values) == len(counted) > 1:
-                found.append((label, result, [*counted], spread_of(values)))
-    return found, notes

@@ -24,12 +24,12 @@ import os
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -46,11 +46,12 @@ from config.flags import FROM_ONE, SEED, FlagParser
 from datasets import find_info
 from pipeline.workers import SIGNALS
 from reports.figures import draw_rows
-from reports.runs import LoggedRun, read_run, spread_of
+from reports.runs import LoggedRun, read_run
+from reports.seeds import COLUMNS, describe_training, figures_of, to_markdown
 from training import checkpoint as ckpt
 from training.signals import Interrupted, Interrupts
 from training.state import different_arguments
-from utils import InputError, UsageError, format_seconds, num_usable_cores
+from utils import InputError, UsageError, num_usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = 'console.log'
@@ -164,20 +165,20 @@ def check_further(table: Table, further: Sequence[str], kwargs: Sequence[str]) -
 # What is in the folders
 
 
-def find_run(folder: Path) -> LoggedRun | None:
-    """The run in a folder; None if none was begun there.
+def find_run(folder: Path) -> LoggedRun:
+    """The run in a folder, without arguments if none was begun there.
 
     Raises:
         InputError: if its files are damaged.
     """
-    return read_run(folder) if (folder / 'args.yaml').exists() else None
+    return read_run(folder) if (folder / 'args.yaml').exists() else LoggedRun(folder, '', {}, {}, [], [])
 
 
 def find_finished(folder: Path) -> dict[str, tuple[float, LoggedRun]]:
     """The finished runs in a row's folder, by seed and fold, with what they count with."""
     paths = sorted(folder.glob('seed*'), key=lambda path: [int(number) for number in re.findall(r'\d+', path.name)])
     found = {path.name.removeprefix('seed'): find_run(path) for path in paths}
-    return {name: (run.final, run) for name, run in found.items() if run is not None and run.final is not None}
+    return {name: (run.final, run) for name, run in found.items() if run.final is not None}
 
 
 def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
@@ -187,8 +188,6 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
         InputError: with the flags that differ.
     """
     run, own = find_run(folder), vars(parse_args(flags))
-    if run is None:
-        return
     differences = [*different_arguments(run.args, own).values()]
     batch, before = own['batch_size'] * own['accum_steps'] * nproc, run.derived.get('total_batch')
     if before not in (None, batch):
@@ -200,73 +199,15 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
 # The table
 
 
-def describe_training(run: LoggedRun) -> str:
-    """On what a run was trained, and for how long."""
-    fraction, epochs, folds = run.args.get('train_fraction', 1), run.args.get('epochs'), run.args.get('folds')
-    part = f' ({fraction} of it)' if fraction != 1 else ''
-    split = f', {folds} folds' if folds else ''
-    return f'{run.args.get("data_set")}{part}, {epochs} epoch{"" if epochs == 1 else "s"}{split}'
-
-
-def figures_of(row: Row, runs: Mapping[str, tuple[float, LoggedRun]]) -> dict[str, Any]:
-    """A line of table.csv, of a row's finished runs. `images` seen in training and `seconds` are means over them."""
-    spread = spread_of([accuracy for accuracy, _ in runs.values()]) if runs else None
-    parameters = {int(entry.value) for _, run in runs.values() if (entry := run.result('n_parameters')) is not None}
-    images, seconds = (  # None of runs that have not logged them
-        statistics.fmean(run.total(*names) for _, run in runs.values()) or None if runs else None
-        for names in (('train_images',), ('train_seconds', 'test_seconds'))
-    )
-    return {
-        'row': row.name,
-        'model': row.model,
-        'options': row.options,
-        'flags': row.flags,
-        'parameters': max(parameters, default=None),
-        'runs': len(runs),
-        'mean': spread and spread.mean,
-        'sd': spread and spread.deviation,
-        'best': spread and spread.best,
-        'paper': row.paper,
-        'images': images,
-        'seconds': seconds,
-        'seeds': ' '.join(f'{name}:{accuracy:.4f}' for name, (accuracy, _) in runs.items()),
-    }
-
-
-def to_markdown(heading: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """The table; without a column of the paper's where it has no figures."""
-
-    def show(form: str, value: float | None) -> str:
-        return '' if value is None else form.format(value)
-
-    rows = []
-    for line in lines:
-        cells = {
-            'row': line['row'],
-            'parameters': show('{:,}', line['parameters']),
-            'runs': str(line['runs']),
-            'top-1, mean ± sd': show('{:.2f}', line['mean']) + show(' ± {:.2f}', line['sd']),
-            'best': show('{:.2f}', line['best']),
-            'paper (CIFAR-100, 300 epochs)': show('{:.2f}', line['paper']),
-            'images seen': show('{:,.0f}', line['images']),
-            'time, training and test': format_seconds(line['seconds']) if line['seconds'] else '',
-        }
-        if all(line['paper'] is None for line in lines):
-            del cells['paper (CIFAR-100, 300 epochs)']
-        rows.append(cells)
-    texts = [[*rows[0]], ['---'] * len(rows[0]), *([*cells.values()] for cells in rows)]
-    return '\n'.join([heading, '', *(f'| {" | ".join(cells)} |' for cells in texts), ''])
-
-
 def write_table(table: Table, output: Path) -> str:
     """Writes table.md, table.csv and table.png from what is in the folders; returns the first one's text."""
     found = {row: find_finished(row_folder(output, table, row)) for row in table.rows}
-    lines = [figures_of(row, runs) for row, runs in found.items()]
+    lines = [{'row': row.name, **row._asdict(), **figures_of(runs)} for row, runs in found.items()]
     finished = [run for runs in found.values() for _, run in runs.values()]
     trained = sorted({describe_training(run) for run in finished})
     heading = f'{table.title}. Here: {"; ".join(trained) or "no finished run yet"}.'
     text, file = to_markdown(heading, lines), io.StringIO()
-    writer = csv.DictWriter(file, lines[0], lineterminator='\n')
+    writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
     writer.writerows(lines)
     bars = {row.name: [accuracy for accuracy, _ in runs.values()] for row, runs in found.items()}
@@ -311,13 +252,9 @@ class Child(Interrupts):
             if self.signal:  # it came before there was a process
                 self._handle(self.signal, None)
             while True:
-                try:
-                    code = self._process.wait(timeout=LOOK_EVERY)
-                except subprocess.TimeoutExpired:
-                    show()
-                else:
-                    self._process = None
-                    return code
+                with suppress(subprocess.TimeoutExpired):
+                    return self._process.wait(timeout=LOOK_EVERY)
+                show()
 
 
 def last_line(path: Path) -> str:
@@ -328,9 +265,8 @@ def last_line(path: Path) -> str:
 def describe_progress(folder: Path) -> str:
     """How far a run is: its whole epochs, its best top-1, and what it printed last."""
     run = find_run(folder)
-    best = run.best if run is not None else None
-    whole = [] if run is None else [f'{run.status}{f", best top-1 {best.value:.2f}%" if best else ""}']
-    return '; '.join([*whole, last_line(folder / LOG)])
+    best = f', best top-1 {run.best.value:.2f}%' if run.best else ''
+    return f'{run.status}{best}; ' * bool(run.args) + last_line(folder / LOG)
 
 
 def run_one(what: str, flags: Sequence[str], *, folder: Path, nproc: int) -> float:
@@ -342,9 +278,8 @@ def run_one(what: str, flags: Sequence[str], *, folder: Path, nproc: int) -> flo
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / LOG
-    env = dict(os.environ)
-    if nproc > 1:
-        env.setdefault('OMP_NUM_THREADS', str(max(num_usable_cores() // nproc, 1)))
+    threads = {'OMP_NUM_THREADS': str(max(num_usable_cores() // nproc, 1))} if nproc > 1 else {}
+    env = {**threads, **os.environ}
     child, shown = Child(), -math.inf
     with tqdm(bar_format='{desc}', disable=None, file=sys.stdout, leave=False, dynamic_ncols=True) as line:
 
@@ -360,13 +295,13 @@ def run_one(what: str, flags: Sequence[str], *, folder: Path, nproc: int) -> flo
     if child.signal:
         name = signal.Signals(child.signal).name
         raise Interrupted(child.signal, f'{name} in {what}; the same command goes on from there ({log})')
-    run = None if code else find_run(folder)
-    if run is None or run.final is None:
+    accuracy = None if code else find_run(folder).final
+    if accuracy is None:
         raise InputError(
             f'{what} ended with exit code {code}: {last_line(log)!r}. Its log is {log}; once that is mended, the same '
             'command goes on from there'
         )
-    return run.final
+    return accuracy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -385,27 +320,27 @@ def main(argv: Sequence[str] | None = None) -> None:
                  for seed in dict.fromkeys(args.seeds) for fold in range(args.folds or 1)]  # fmt: skip
         runs = [(row, name, row_folder(output, table, row) / name.replace(', ', '-').replace(' ', ''))
                 for name in names for row in table.rows]  # fmt: skip
+        flags_of = partial(run_flags, table, args=args, further=further)
         for row, _, folder in runs[: len(table.rows)]:  # before anything runs
-            own = parse_args(run_flags(table, row, folder, args, further))
+            own = parse_args(flags_of(row, folder))
             build_model(own, own.nb_classes or find_info(own.data_set).num_classes)
         if args.dry_run:
             for row, _, folder in runs:
-                print(shlex.join(command_of(run_flags(table, row, folder, args, further), args.nproc)))
+                print(shlex.join(command_of(flags_of(row, folder), args.nproc)))
             return
         for row in table.rows:
             for folder in row_folder(output, table, row).glob('seed*'):
                 if folder.name.partition('of')[2] != str(args.folds or ''):
                     raise InputError(f'{folder} has a run of other folds. Choose another --output')
-                check_same(folder, run_flags(table, row, folder, args, further), args.nproc)
+                check_same(folder, flags_of(row, folder), args.nproc)
         output.mkdir(parents=True, exist_ok=True)
         for number, (row, name, folder) in enumerate(runs, 1):
             what = f'run {number} of {len(runs)}: {row.name}, {name}'
-            before = find_run(folder)
-            if before is not None and before.final is not None:
+            if find_run(folder).final is not None:
                 print(f'{what}: finished before', flush=True)
                 continue
             print(f'{what} … {folder / LOG}', flush=True)
-            accuracy = run_one(what, run_flags(table, row, folder, args, further), folder=folder, nproc=args.nproc)
+            accuracy = run_one(what, flags_of(row, folder), folder=folder, nproc=args.nproc)
             print(f'{what}: best top-1 {accuracy:.2f}%', flush=True)
             write_table(table, output)
         print(write_table(table, output), end='')
