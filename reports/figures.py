@@ -12,14 +12,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm, to_hex
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from reports.runs import LoggedRun
 from reports.seeds import spread_of
@@ -66,27 +64,6 @@ class Curve(NamedTuple):
     points: tuple[list[int], list[float]]
     color: str
     style: Any = '-'
-
-
-def thumbnail(name: str, image: Image.Image) -> Picture:
-    """A small copy of an image; images that are small themselves keep their pixels."""
-    image = image.copy()
-    image.thumbnail((160, 160))
-    kind = 'png' if max(image.size) <= 64 else 'jpeg'
-    file = io.BytesIO()
-    image.save(file, kind, **({} if kind == 'png' else {'quality': 85}))
-    return Picture(name, name, file.getvalue(), kind)
-
-
-def choose_colors(groups: dict[str, list[LoggedRun]]) -> None:
-    """Gives runs of the same settings one colour and label, if there are several such groups; else each its own."""
-    runs = [run for group in groups.values() for run in group]
-    units = groups if 1 < len(groups) < len(runs) else {run.name: [run] for run in runs}
-    few = len(units) <= 10
-    palette = colormaps['tab10'](range(10)) if few else colormaps['turbo'](np.linspace(0.05, 0.95, len(units)))
-    for (label, unit), color in zip(units.items(), palette, strict=False):
-        for run in unit:
-            run.color, run.label = to_hex(color), label
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -9,9 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
-from reports.figures import FIGURES, Picture, choose_colors, draw_log
+from reports.figures import FIGURES, Picture, draw_log
 from reports.predictions import Predictions, describe_predictions, find_cost, predict
 from reports.runs import Best, LoggedRun, find_differences, group_by_settings, read_runs, show_value
 from reports.seeds import seed_statistics
@@ -32,6 +35,17 @@ class Fact(NamedTuple):
 
 def _percent(label: str, result: Best | None, note: str = '') -> Fact:
     return Fact(label, '–') if result is None else Fact(label, f'{result.value:.2f}%', f'epoch {result.epoch}{note}')
+
+
+def choose_colors(groups: dict[str, list[LoggedRun]]) -> None:
+    """Gives runs of the same settings one colour and label, if there are several such groups; else each its own."""
+    runs = [run for group in groups.values() for run in group]
+    units = groups if 1 < len(groups) < len(runs) else {run.name: [run] for run in runs}
+    few = len(units) <= 10
+    palette = colormaps['tab10'](range(10)) if few else colormaps['turbo'](np.linspace(0.05, 0.95, len(units)))
+    for (label, unit), color in zip(units.items(), palette, strict=False):
+        for run in unit:
+            run.color, run.label = to_hex(color), label
 
 
 def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn import metrics
 
 from config.arguments import parse_args
@@ -27,7 +28,7 @@ from engine import forward
 from models.speed import count_macs
 from pipeline.images import ImageDataset
 from pipeline.readers import READERS
-from reports.figures import MOST_NAMES, draw_classes, draw_confusion, thumbnail
+from reports.figures import MOST_NAMES, Picture, draw_classes, draw_confusion
 from reports.runs import LoggedRun, printable
 from training import checkpoint as ckpt
 from training.checkpoint import BEST
@@ -214,6 +215,16 @@ def _answers(
         confidence = logits.softmax(dim=1).gather(1, best)
         found.append((targets.cpu().numpy(), best[:, 0].cpu().numpy(), confidence[:, 0].cpu().numpy()))
     return found
+
+
+def thumbnail(name: str, image: Image.Image) -> Picture:
+    """A small copy of an image; images that are small themselves keep their pixels."""
+    image = image.copy()
+    image.thumbnail((160, 160))
+    kind = 'png' if max(image.size) <= 64 else 'jpeg'
+    file = io.BytesIO()
+    image.save(file, kind, **({} if kind == 'png' else {'quality': 85}))
+    return Picture(name, name, file.getvalue(), kind)
 
 
 def confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[tuple[str, str, int, float]]:

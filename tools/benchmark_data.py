@@ -101,6 +101,12 @@ def rate(item: Callable[[int], Any], images: int, processes: int) -> float:
     return images / max(answers)
 
 
+def write_quietly(files: FileDataset, path: Path, *, max_size: int | None = None) -> None:
+    """Writes an LMDB file without a progress bar."""
+    with open(os.devnull, 'w') as null, redirect_stderr(null):
+        write_lmdb(files, path, data_set='FOLDER', max_size=max_size, workers=2)
+
+
 def speed(folder: Path, input_size: int, images: int | None, rounds: int, workers: Sequence[int]) -> None:
     """Prints the table of rates.
 
@@ -120,12 +126,11 @@ def speed(folder: Path, input_size: int, images: int | None, rounds: int, worker
     smaller = int(256 / 224 * input_size)
     names = (*KINDS, f'LMDB, --max-size {smaller}')
 
-    with tempfile.TemporaryDirectory() as temporary, open(os.devnull, 'w') as null:
+    with tempfile.TemporaryDirectory() as temporary:
         stores = []
         for max_size in (None, smaller):
             path = Path(temporary, f'{max_size}.lmdb')
-            with redirect_stderr(null):  # the progress bar
-                write_lmdb(files, path, data_set='FOLDER', max_size=max_size, workers=2)
+            write_quietly(files, path, max_size=max_size)
             stores.append(ImageFolderLMDB(path))
 
         def from_folder(loader: Callable[[str], Any], transform: Transform | None) -> Callable[[int], Any]:
@@ -183,12 +188,7 @@ def in_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def write_synthetic(folder: Path, images: int, path: Path) -> None:
-    with open(os.devnull, 'w') as null, redirect_stderr(null):
-        write_lmdb(synthetic_files(folder, images), path, data_set='FOLDER', workers=2)
-
-
-def _count(samples: list[Any]) -> int:
-    return len(samples)
+    write_quietly(synthetic_files(folder, images), path)
 
 
 def read_at_random(make: Callable[[], Any]) -> list[tuple[float, float, float]]:
@@ -196,7 +196,7 @@ def read_at_random(make: Callable[[], Any]) -> list[tuple[float, float, float]]:
     dataset = make()
     order = np.random.default_rng(0).integers(0, len(dataset), READS).tolist()
     loader: Any = DataLoader(
-        dataset, batch_size=64, sampler=order, num_workers=2, collate_fn=_count, persistent_workers=True
+        dataset, batch_size=64, sampler=order, num_workers=2, collate_fn=len, persistent_workers=True
     )
     assert sum(loader) == len(order)
     return [memory_of(worker.pid) for worker in loader._iterator._workers]
@@ -225,7 +225,6 @@ def memory(images: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     with one_line_errors('benchmark_data.py'):

@@ -278,7 +278,6 @@ def push(folder: Path, name: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors(PROGRAM):
         if args.push and args.format != 'timm':

@@ -120,13 +120,6 @@ def _images_below(folder: str, complain: Callable[[str], None]) -> Iterator[str]
             yield os.path.join(folder, below, name)  # noqa: PTH118  keeps the path as it was given
 
 
-def _read_list(stream: IO[bytes]) -> Iterator[str]:
-    for line in stream:
-        path = os.fsdecode(line.rstrip(b'\r\n'))
-        if path:
-            yield path
-
-
 def find_images(
     inputs: Iterable[str], stream: IO[bytes], settings: Settings, complain: Callable[[str], None]
 ) -> ConcatDataset[Sample]:
@@ -144,7 +137,8 @@ def find_images(
         parts.append(Part(FileDataset(Split(Path(), files, [0] * len(files)), ['']), settings))
         files.clear()
 
-    for path in itertools.chain.from_iterable(_read_list(stream) if path == '-' else [path] for path in inputs):
+    listed = (os.fsdecode(line.rstrip(b'\r\n')) for line in stream)
+    for path in itertools.chain.from_iterable(filter(None, listed) if path == '-' else [path] for path in inputs):
         if path.endswith('.lmdb'):
             try:
                 records = ImageFolderLMDB(path)
@@ -285,7 +279,6 @@ def write_rows(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors(PROGRAM), no_children_left():
         device = find_device(args.device)

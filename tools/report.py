@@ -33,7 +33,6 @@ def get_args_parser() -> FlagParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     args = get_args_parser().parse_args(argv)
     with one_line_errors('report.py'), no_children_left():
         if args.out and Path(args.out).is_dir():
