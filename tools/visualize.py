@@ -19,10 +19,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ KEPT, FUSED, DROPPED = 0, 1, 2
 NAMES, SHADES = ('kept', 'fused', 'dropped'), np.array([1.0, 0.45, 0.12])  # of the patch's brightness
 MARGIN, LABEL = 6, 16  # pixels
 Size = tuple[int, int]
+Drawn = tuple[Callable[[IO[bytes]], object], str]  # what writes the PNG, and what is said of it
 
 
 def get_args_parser() -> FlagParser:
@@ -69,13 +70,6 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--base_keep_rate', type=PART, help="in place of the checkpoint's, as is --fuse_token")
     group.add_argument('--fuse_token', action='store_true', help='fuse in place of dropping')
     return parser
-
-
-def write_png(path: str, save: Any) -> Path:
-    out = Path(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    ckpt.write_file(out, save)
-    return out
 
 
 # Attention
@@ -237,7 +231,7 @@ def draw_attention(pictures: list[Image.Image], names: list[str], seen: list[See
     return figure
 
 
-def attention(args: argparse.Namespace) -> None:
+def attention(args: argparse.Namespace) -> Drawn:
     model, settings, (height, width) = load_attentive(args.checkpoint, tuple(args.size) if args.size else None)
     classes = settings.classes
     layers = choose_layers(args.layers, len(model.blocks))
@@ -253,9 +247,9 @@ def attention(args: argparse.Namespace) -> None:
     shown, _ = drawable(classes)
     names = [f'{shorten_text(shown[index], 30)}, {value:.1%}' for value, index in best]
     sheet = draw_attention(pictures, names, seen, layers)
-    out = write_png(args.out or 'attention.png', partial(sheet.savefig, format='png', dpi=110))
-    print(f'{out}: {len(pictures)} images of {height}x{width} px, layers {", ".join(map(str, layers))}; '
-          f'predicted: {", ".join(classes[index] for _, index in best)}')  # fmt: skip
+    said = f'{len(pictures)} images of {height}x{width} px, layers {", ".join(map(str, layers))}'
+    said += f'; predicted: {", ".join(classes[index] for _, index in best)}'
+    return partial(sheet.savefig, format='png', dpi=110), said
 
 
 # EViT
@@ -310,7 +304,7 @@ def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]]
     return sheet
 
 
-def evit_mask(args: argparse.Namespace) -> None:
+def evit_mask(args: argparse.Namespace) -> Drawn:
     if not is_evit(args.checkpoint):
         raise InputError(f'{args.checkpoint} is not of an EViT (deit_…_shrink_base)')
     given = {'base_keep_rate': args.base_keep_rate, 'fuse_token': args.fuse_token or None}
@@ -325,8 +319,8 @@ def evit_mask(args: argparse.Namespace) -> None:
         pictures.append(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
     if not states[0]:
         raise UsageError('no block of this model drops tokens: give a --base_keep_rate below 1')
-    out = write_png(args.out or 'evit-mask.png', lambda file: draw(pictures, states).save(file, 'PNG'))
-    print(f'{out}: {len(pictures)} images, blocks {", ".join(map(str, states[0]))}')
+    said = f'{len(pictures)} images, blocks {", ".join(map(str, states[0]))}'
+    return lambda file: draw(pictures, states).save(file, 'PNG'), said
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -335,7 +329,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ('base_keep_rate', 'fuse_token') if args.what == 'attention' else ('layers', 'size'):
             if getattr(args, name):
                 raise UsageError(f'--{name} is not for {args.what}')
-        (attention if args.what == 'attention' else evit_mask)(args)
+        write, said = (attention if args.what == 'attention' else evit_mask)(args)
+        out = Path(args.out or f'{args.what}.png')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ckpt.write_file(out, write)
+        print(f'{out}: {said}')
 
 
 if __name__ == '__main__':
