@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -40,6 +41,20 @@ def one_line(error: BaseException) -> str:
     if lines[0].startswith('Caught ') and len(lines) > 1:  # how torch wraps what a loader process raised
         return lines[-1].partition(': ')[2] or lines[-1]
     return lines[0]
+
+
+class NonFiniteError(InputError):
+    """A loss or a gradient became infinite or NaN; `step` says where, for those that leave it out."""
+
+    def __init__(self, step: dict[str, Any], *, skipped_in_a_row: int) -> None:
+        self.step = step
+        bad = [value for value in step['losses'] if not math.isfinite(value)]
+        what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {step["gradient_norm"]}'
+        row = f' in {skipped_in_a_row} steps in a row,' if skipped_in_a_row > 1 else ''
+        super().__init__(
+            f'{what} at epoch {step["epoch"]}, step {step["batch"]} of {step["batches"]},{row} with learning rate '
+            f'{step["learning_rate"]:.3g} and loss scale {step["loss_scale"]:g}'
+        )
 
 
 # Random numbers
