@@ -58,10 +58,6 @@ def _folders(parent: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(parent) if entry.is_dir() and not entry.name.startswith('.'))
 
 
-def _class_names(folder: Path) -> set[str]:
-    return set(map(_nfc, _folders(folder)))
-
-
 def _stop(error: OSError) -> NoReturn:
     raise InputError(f'{error.filename}: {error.strerror}') from None
 
@@ -112,7 +108,10 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     notes: list[str] = []
     sources = {split: root / folder for split, folder in folders.items()}
     rows = {split: _read_annotations(folder, notes) for split, folder in sources.items()}
-    names = {split: {name for _, name in rows[split]} or _class_names(folder) for split, folder in sources.items()}
+    names = {
+        split: {name for _, name in rows[split]} or set(map(_nfc, _folders(folder)))
+        for split, folder in sources.items()
+    }
     tests = names.pop('test', set())
     if tests.isdisjoint(set().union(*names.values())):  # as ImageNet's, whose images have no labels
         others += [folders['test']] if 'test' in folders else []
