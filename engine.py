@@ -14,16 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import (
-    InputError,
-    NonFiniteError,
-    ProgressBar,
-    SizedLoader,
-    all_reduce_sum,
-    get_rank,
-    get_world_size,
-    seed_all,
-)
+from utils import InputError, NonFiniteError, ProgressBar, SizedLoader, all_reduce, get_rank, get_world_size, seed_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +76,7 @@ class EpochLog:
         if not self.unread:
             return
         losses = torch.stack([loss for _, _, group, _ in self.unread for loss in group])
-        values = iter((all_reduce_sum(losses) / get_world_size()).tolist())
+        values = iter((all_reduce(losses) / get_world_size()).tolist())
         norms = torch.stack([norm for *_, norm in self.unread]).tolist()
         for (batch, sums.lr, group, _), norm in zip(self.unread, norms, strict=True):
             step_losses = [next(values) for _ in group]
@@ -100,17 +91,17 @@ class EpochLog:
             sums.skipped += 1
             sums.skipped_in_a_row += 1
             if not self.scaler.is_enabled() or sums.skipped_in_a_row > self.max_skipped:
-                step = {
-                    'epoch': self.epoch,
-                    'batch': batch,
-                    'batches': self.progress.steps,
-                    'batches_in_step': len(step_losses),
-                    'losses': step_losses,
-                    'gradient_norm': norm,
-                    'learning_rate': sums.lr,
-                    'loss_scale': self.scaler.get_scale(),
-                }
-                raise NonFiniteError(step, skipped_in_a_row=sums.skipped_in_a_row)
+                raise NonFiniteError(
+                    skipped_in_a_row=sums.skipped_in_a_row,
+                    epoch=self.epoch,
+                    batch=batch,
+                    batches=self.progress.steps,
+                    batches_in_step=len(step_losses),
+                    losses=step_losses,
+                    gradient_norm=norm,
+                    learning_rate=sums.lr,
+                    loss_scale=self.scaler.get_scale(),
+                )
         self.unread.clear()
 
     def show(self) -> None:
@@ -267,8 +258,8 @@ def evaluate(
         if progress.due():
             progress.show({'loss': f'{loss_sum.item() / max(counts[0].item(), 1):.4f}'})
     if sharded:
-        all_reduce_sum(loss_sum)
-        all_reduce_sum(counts)
+        all_reduce(loss_sum)
+        all_reduce(counts)
     total, right1, right5 = counts.tolist()
     if total == 0:
         return {}

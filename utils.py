@@ -46,7 +46,7 @@ def one_line(error: BaseException) -> str:
 class NonFiniteError(InputError):
     """A loss or a gradient became infinite or NaN; `step` says where, for those that leave it out."""
 
-    def __init__(self, step: dict[str, Any], *, skipped_in_a_row: int) -> None:
+    def __init__(self, *, skipped_in_a_row: int, **step: Any) -> None:
         self.step = step
         bad = [value for value in step['losses'] if not math.isfinite(value)]
         what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {step["gradient_norm"]}'
@@ -101,17 +101,10 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over all processes of a tensor, on each of them."""
+def all_reduce(values: Tensor, *, largest: bool = False) -> Tensor:
+    """A tensor with the sums, or the largest, of all processes' values, on each of them and in place."""
     if is_distributed():
-        dist.all_reduce(values)
-    return values
-
-
-def all_reduce_max(values: Tensor) -> Tensor:
-    """The largest values over all processes of a tensor, on each of them."""
-    if is_distributed():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return values
 
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from utils import InputError, all_reduce_max, log, one_line, shorten
+from utils import InputError, all_reduce, log, one_line, shorten
 
 Transform = Callable[[Image.Image], Any]
 
@@ -341,7 +341,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """
         if self.on_bad_image == 'stop':
             return
-        all_reduce_max(self._bad)
+        all_reduce(self._bad, largest=True)
         for position in torch.nonzero(self._bad > self._logged).flatten().tolist():
             what = 'left out' if self.on_bad_image == 'leave out' else 'replaced by the next good one'
             log(f'Bad image, {what}: {self._where(position)}')
