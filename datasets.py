@@ -11,7 +11,7 @@ from pipeline.file_dataset import FileDataset
 from pipeline.hugging_face import open_hugging_face
 from pipeline.images import ImageDataset
 from pipeline.inaturalist import find_inaturalist
-from pipeline.layouts import Layout, find_folders, find_listed, find_lists, has_folders, note_lacking
+from pipeline.layouts import Layout, evaluated_split, find_folders, find_listed, find_lists, has_folders, note_lacking
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from pipeline.parts import HoldOut, stratified_part
 from pipeline.readers import READERS, find_reader, load_digits, open_torch
@@ -212,9 +212,8 @@ def _open_splits(
         name = source.name.partition('/')[2]
         return open_hugging_face(name, root, wanted, download=source.download), []
     layout = _find_layout(source, train=train)
-    found = {'train': layout.train, 'val': layout.val, 'test': layout.test}
     return {
-        split: FileDataset(files, layout.classes, on_bad_image=wanted[split]) for split, files in found.items() if files
+        split: FileDataset(files, layout.classes, on_bad_image=wanted[split]) for split, files in layout.splits.items()
     }, layout.notes
 
 
@@ -258,12 +257,12 @@ def build_datasets(
     """
     info = find_info(source.name)
     opened, notes = _open_splits(source, train=train, skip_bad_images=skip_bad_images)
-    train_split, val_split, test_split = opened.get('train'), opened['val'], opened.get('test')
     for split, published in zip(('train', 'val'), info.images or (), strict=False):
         if split in opened and len(opened[split]) != published:
             notes.append(f'{source}: {len(opened[split])} {split} images, {source.name} is published with {published}')
-    if test_split is not None and train_split is None:
-        val_split, test_split = test_split, None  # what is evaluated in the end
+    if not train:
+        opened = {'val': opened[evaluated_split(opened)]}
+    train_split, val_split, test_split = opened.get('train'), opened['val'], opened.get('test')
     if hold_out is not None and train_split is not None:
         kept, held = hold_out.split(train_split.targets)
         if not len(kept) or not len(held):

@@ -14,21 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import InputError, ProgressBar, SizedLoader, all_reduce_sum, get_rank, get_world_size, seed_all
-
-
-class NonFiniteError(InputError):
-    """A loss or a gradient became infinite or NaN; `step` says where, for those that leave it out."""
-
-    def __init__(self, step: dict[str, Any], *, skipped_in_a_row: int) -> None:
-        self.step = step
-        bad = [value for value in step['losses'] if not math.isfinite(value)]
-        what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {step["gradient_norm"]}'
-        row = f' in {skipped_in_a_row} steps in a row,' if skipped_in_a_row > 1 else ''
-        super().__init__(
-            f'{what} at epoch {step["epoch"]}, step {step["batch"]} of {step["batches"]},{row} with learning rate '
-            f'{step["learning_rate"]:.3g} and loss scale {step["loss_scale"]:g}'
-        )
+from utils import InputError, NonFiniteError, ProgressBar, SizedLoader, all_reduce, get_rank, get_world_size, seed_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +76,7 @@ class EpochLog:
         if not self.unread:
             return
         losses = torch.stack([loss for _, _, group, _ in self.unread for loss in group])
-        values = iter((all_reduce_sum(losses) / get_world_size()).tolist())
+        values = iter((all_reduce(losses) / get_world_size()).tolist())
         norms = torch.stack([norm for *_, norm in self.unread]).tolist()
         for (batch, sums.lr, group, _), norm in zip(self.unread, norms, strict=True):
             step_losses = [next(values) for _ in group]
@@ -105,23 +91,23 @@ class EpochLog:
             sums.skipped += 1
             sums.skipped_in_a_row += 1
             if not self.scaler.is_enabled() or sums.skipped_in_a_row > self.max_skipped:
-                step = {
-                    'epoch': self.epoch,
-                    'batch': batch,
-                    'batches': self.progress.steps,
-                    'batches_in_step': len(step_losses),
-                    'losses': step_losses,
-                    'gradient_norm': norm,
-                    'learning_rate': sums.lr,
-                    'loss_scale': self.scaler.get_scale(),
-                }
-                raise NonFiniteError(step, skipped_in_a_row=sums.skipped_in_a_row)
+                raise NonFiniteError(
+                    skipped_in_a_row=sums.skipped_in_a_row,
+                    epoch=self.epoch,
+                    batch=batch,
+                    batches=self.progress.steps,
+                    batches_in_step=len(step_losses),
+                    losses=step_losses,
+                    gradient_norm=norm,
+                    learning_rate=sums.lr,
+                    loss_scale=self.scaler.get_scale(),
+                )
         self.unread.clear()
 
     def show(self) -> None:
-        """Prints the means so far."""
+        """Prints the means so far, if there are any: the first step of a run that accumulates comes later."""
         self.read()
-        if not self.sums.losses:  # before the first step of a run that accumulates
+        if not self.sums.losses:
             return
         means, progress = self.means(), self.progress
         shown = {'loss': f'{means["loss"]:.4f}', 'lr': f'{means["lr"]:.2e}', 'grad norm': f'{means["grad_norm"]:.3g}'}
@@ -139,9 +125,10 @@ class EpochLog:
         return {**means, 'skipped_steps': sums.skipped} if self.scaler.is_enabled() else means
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None) -> Tensor:
-    """Updates the parameters and clears their gradients; returns the gradient's norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], scaler: torch.amp.GradScaler, clip_grad: float | None
+) -> Tensor:
+    """Updates an optimizer's parameters and clears their gradients; returns the gradient's norm before clipping."""
     scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip_grad is not None:
@@ -194,6 +181,7 @@ def train_one_epoch(
     model.train(settings.train_mode)
     progress = ProgressBar(loader, header=f'Epoch {epoch}', print_freq=settings.print_freq, first=first)
     log = EpochLog(sums or EpochSums(), progress, epoch, scaler, settings.max_skipped_steps)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     losses: list[Tensor] = []  # of this optimizer step
     optimizer.zero_grad()
     for step, (images, targets) in enumerate(progress, start=first):
@@ -215,7 +203,7 @@ def train_one_epoch(
         losses.append(loss.detach())
         if is_last:
             lr = max(group['lr'] for group in optimizer.param_groups)
-            norm = optimizer_step(optimizer, scaler, settings.clip_grad)
+            norm = optimizer_step(optimizer, parameters, scaler, settings.clip_grad)
             if model_ema is not None:
                 model_ema.update(model.module if isinstance(model, DistributedDataParallel) else model)
             log.unread.append((start, lr, losses, norm))
@@ -270,8 +258,8 @@ def evaluate(
         if progress.due():
             progress.show({'loss': f'{loss_sum.item() / max(counts[0].item(), 1):.4f}'})
     if sharded:
-        all_reduce_sum(loss_sum)
-        all_reduce_sum(counts)
+        all_reduce(loss_sum)
+        all_reduce(counts)
     total, right1, right5 = counts.tolist()
     if total == 0:
         return {}

@@ -5,6 +5,7 @@ The format, and the data set that reads it, are in pipeline/lmdb_dataset.py.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -20,13 +21,15 @@ from typing import IO, Any
 import lmdb
 import numpy as np
 import pyarrow as pa
+from PIL import Image
+from PIL.ExifTags import Base
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, FlagParser, add_data_flags, usable_workers
 from datasets import DataSource, Splits, build_datasets
-from pipeline.images import ANY_VALUES, ImageDataset, explain_error, shrink
+from pipeline.images import ImageDataset, Reading, decode, explain_error
 from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, TABLE, VERSION, ImageFolderLMDB, to_key
 from pipeline.workers import end_with_parent
 from training.checkpoint import write_file
@@ -36,6 +39,26 @@ from utils import InputError, UsageError, one_line, shorten
 
 CHUNK_IMAGES, CHUNK_BYTES = 256, 4 * 2**20  # what a reader process hands over at once, whichever comes first
 GROWTH = 256 * 2**20  # bytes by which the map grows at least
+
+
+def shrink(data: bytes, size: int) -> bytes:
+    """An image file's bytes, or those of a JPEG of quality 95 whose shorter side has `size` pixels if it has more.
+
+    The JPEG keeps the EXIF orientation.
+
+    Raises:
+        ValueError: with the reason, if it cannot be decoded.
+    """
+    image = decode(data)
+    shorter = min(image.size)
+    if shorter <= size:
+        return data
+    width, height = (round(side * size / shorter) for side in image.size)
+    file, exif = io.BytesIO(), Image.Exif()
+    with suppress(Exception):  # EXIF data that cannot be parsed says nothing
+        exif[Base.Orientation] = Image.open(io.BytesIO(data)).getexif().get(Base.Orientation, 1)
+    image.resize((width, height), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=95, exif=exif)
+    return file.getvalue()
 
 
 def _read_files(dataset: ImageDataset, max_size: int | None, numbers: Sequence[int]) -> tuple[list[bytes], list[int]]:
@@ -190,7 +213,7 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
         InputError: saying what is wrong.
     """
     dataset = ImageFolderLMDB(path, verify=True)
-    dataset.reading = ANY_VALUES
+    dataset.reading = Reading(value_range=(0, 65535))  # which refuses no range of values
     problems: list[str] = []
     records = dataset.num_records()
     if len(dataset) != records:

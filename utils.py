@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -40,6 +41,20 @@ def one_line(error: BaseException) -> str:
     if lines[0].startswith('Caught ') and len(lines) > 1:  # how torch wraps what a loader process raised
         return lines[-1].partition(': ')[2] or lines[-1]
     return lines[0]
+
+
+class NonFiniteError(InputError):
+    """A loss or a gradient became infinite or NaN; `step` says where, for those that leave it out."""
+
+    def __init__(self, *, skipped_in_a_row: int, **step: Any) -> None:
+        self.step = step
+        bad = [value for value in step['losses'] if not math.isfinite(value)]
+        what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {step["gradient_norm"]}'
+        row = f' in {skipped_in_a_row} steps in a row,' if skipped_in_a_row > 1 else ''
+        super().__init__(
+            f'{what} at epoch {step["epoch"]}, step {step["batch"]} of {step["batches"]},{row} with learning rate '
+            f'{step["learning_rate"]:.3g} and loss scale {step["loss_scale"]:g}'
+        )
 
 
 # Random numbers
@@ -86,17 +101,10 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over all processes of a tensor, on each of them."""
+def all_reduce(values: Tensor, *, largest: bool = False) -> Tensor:
+    """A tensor with the sums, or the largest, of all processes' values, on each of them and in place."""
     if is_distributed():
-        dist.all_reduce(values)
-    return values
-
-
-def all_reduce_max(values: Tensor) -> Tensor:
-    """The largest values over all processes of a tensor, on each of them."""
-    if is_distributed():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return values
 
 

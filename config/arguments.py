@@ -255,7 +255,12 @@ def mixes_images(args: argparse.Namespace) -> bool:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses and checks the flags.
+    """Parses and checks the flags; raises what `read_args` does."""
+    return read_args(argv)[0]
+
+
+def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """Parses and checks the flags. Gives the checkpoint of `--eval` or `--finetune` too, whose run says the others.
 
     Raises:
         UsageError: for flags that contradict each other.
@@ -270,12 +275,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.start_epoch and args.resume:
         raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
     check_args(args)
-    recalled = recalled_flags(args, {arg.partition('=')[0].replace('_', '-') for arg in typed})
+    recalled, checkpoint = recalled_flags(args, {arg.partition('=')[0].replace('_', '-') for arg in typed})
     if recalled:
         args = parser.parse_args([*recalled, *typed])
         check_args(args)
     vars(args).pop('config', None)  # what it said is in the others
-    return args
+    return args, checkpoint
 
 
 def check_args(args: argparse.Namespace) -> None:

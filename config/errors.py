@@ -106,14 +106,16 @@ def one_line_errors(program: str) -> Iterator[None]:
             if err.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
                 leave(program, f'{one_line(err)}: fewer --num_workers need less', 1)
             leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
-        except RuntimeError as err:  # how PyTorch says so
-            if "can't allocate memory" not in str(err):
+        except (RuntimeError, MemoryError) as err:
+            if not _lacks_memory(err):
                 raise
-            leave(program, 'out of memory: smaller batches or images need less', 1)
-        except MemoryError:
-            leave(program, 'out of memory: smaller batches, or fewer --num_workers, need less', 1)
+            leave(program, 'out of memory: smaller batches or images, or fewer --num_workers, need less', 1)
         except KeyboardInterrupt:
             leave(program, 'interrupted', 130)
+
+
+def _lacks_memory(err: Exception) -> bool:
+    return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(err)
 
 
 def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
@@ -122,7 +124,7 @@ def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
     compiler = sys.modules.get('torch._dynamo.exc')  # not loaded where nothing is compiled
     if compiler is not None and isinstance(err, compiler.TorchDynamoException):
         return InputError(f'--compile {args.compile} failed: {one_line(err)}; go on with --compile off')
-    if isinstance(err, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if _lacks_memory(err):
         where = 'GPU memory' if isinstance(err, torch.OutOfMemoryError) else 'memory'
         smaller = f'--batch-size {args.batch_size // 2} --accum-steps {2 * args.accum_steps} has the same total batch'
         hint = 'lower --batch-size' if args.batch_size % 2 else smaller

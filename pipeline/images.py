@@ -19,10 +19,9 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.ExifTags import Base
 from torch.utils.data import Dataset
 
-from utils import InputError, all_reduce_max, log, one_line, shorten
+from utils import InputError, all_reduce, log, one_line, shorten
 
 Transform = Callable[[Image.Image], Any]
 
@@ -77,7 +76,8 @@ class Reading:
         """
         is_deep = image.mode.startswith('I') or any(';16' in str(tile) for tile in getattr(image, 'tile', [])[:1])
         if self.exif_orientation:
-            image = _upright(image)
+            with suppress(Exception):  # EXIF data that cannot be parsed says nothing; the pixels may be good
+                image = ImageOps.exif_transpose(image)
         if image.mode == 'F' or image.mode.startswith('I'):  # I;16, I;16B, I
             image = self._to_eight_bits(np.asarray(image))
         elif is_deep and self.value_range is not None:
@@ -108,15 +108,7 @@ class Reading:
         return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF data that cannot be parsed says nothing; whether the pixels can be read shows later
-        return image
-
-
 AS_STORED = Reading()
-ANY_VALUES = Reading(value_range=(0, 65535))  # refuses no range of values: for whoever asks whether it decodes
 
 
 def explain_error(err: Exception) -> str:
@@ -160,26 +152,6 @@ def decode(data: bytes | memoryview, reading: Reading = AS_STORED) -> Image.Imag
         raise ValueError(explain_error(err)) from None
 
 
-def shrink(data: bytes, size: int) -> bytes:
-    """An image file's bytes, or those of a JPEG of quality 95 whose shorter side has `size` pixels if it has more.
-
-    The JPEG keeps the EXIF orientation.
-
-    Raises:
-        ValueError: with the reason, if it cannot be decoded.
-    """
-    image = decode(data)
-    shorter = min(image.size)
-    if shorter <= size:
-        return data
-    width, height = (round(side * size / shorter) for side in image.size)
-    file, exif = io.BytesIO(), Image.Exif()
-    with suppress(Exception):  # EXIF data that cannot be parsed says nothing
-        exif[Base.Orientation] = Image.open(io.BytesIO(data)).getexif().get(Base.Orientation, 1)
-    image.resize((width, height), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=95, exif=exif)
-    return file.getvalue()
-
-
 def pack_names(names: Iterable[str]) -> np.ndarray:
     """File names as an array of bytes, for `os.fsdecode`.
 
@@ -218,11 +190,10 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         self.classes = list(classes)
         self.transform = transform
         self.on_bad_image = on_bad_image
-        self._new_labels: np.ndarray | None = None
-        self._length = len(self._labels())
-        self._selected: np.ndarray | None = None
+        self._numbers = np.arange(len(classes), dtype=np.int64)  # the class index of each label
+        self._positions: range | np.ndarray = range(len(self._labels()))  # of the images that are selected
         # One byte an image, shared by the loader processes: 1 for bad ones.
-        self._bad = torch.zeros(self._length if on_bad_image != 'stop' else 0, dtype=torch.uint8).share_memory_()
+        self._bad = torch.zeros(len(self) if on_bad_image != 'stop' else 0, dtype=torch.uint8).share_memory_()
         self._logged = self._bad.clone()
 
     def _labels(self) -> np.ndarray:
@@ -231,11 +202,10 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     @abstractmethod
     def _raw(self, position: int) -> bytes | memoryview:
-        """The image file's bytes; an OSError or ValueError if they cannot be had. Not to be kept: see `raw`."""
+        """As `raw`, but not to be kept."""
 
     @abstractmethod
-    def _name(self, position: int) -> str:
-        """A path relative to the data set's folder, with slashes."""
+    def _name(self, position: int) -> str: ...
 
     def _path(self, position: int) -> str:
         return self._name(position)
@@ -248,16 +218,11 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         try:
             return decode(self._raw(position), self.reading)
         except (ValueError, OSError, MemoryError) as err:
-            raise BadImageError(
-                f'{self._where(position)} cannot be read as an image ({explain_error(err)}): {self.remedy}, '
-                'or use --on-bad-image skip'
-            ) from None
+            what = f'{self._where(position)} cannot be read as an image ({explain_error(err)})'
+            raise BadImageError(f'{what}: {self.remedy}, or use --on-bad-image skip') from None
 
     def _position(self, index: int) -> int:
-        if not -self._length <= index < self._length:
-            raise IndexError(index)
-        index %= self._length
-        return index if self._selected is None else int(self._selected[index])
+        return int(self._positions[index])
 
     @property
     def class_to_idx(self) -> dict[str, int]:
@@ -266,28 +231,21 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     @property
     def targets(self) -> np.ndarray:
         """The class index of each image, int64 (n,)."""
-        labels = self._labels()
-        labels = labels if self._selected is None else labels[self._selected]
-        return (labels if self._new_labels is None else self._new_labels[labels]).astype(np.int64)
+        return self._numbers[self._labels()[np.asarray(self._positions, dtype=np.int64)]]
 
     @property
     def samples(self) -> list[tuple[str, int]]:
         """The path and the class index of each image, a new list each time."""
         return [(self.path(index), self.target(index)) for index in range(len(self))]
 
-    def _target(self, position: int) -> int:
-        label = self._labels()[position]
-        return int(label if self._new_labels is None else self._new_labels[label])
-
     def target(self, index: int) -> int:
         """The image's class index."""
-        return self._target(self._position(index))
+        return int(self._numbers[self._labels()[self._position(index)]])
 
     def relabel(self, classes: Sequence[str]) -> None:
         """Takes other class indices: those of a list that names all of this data set's classes, and perhaps more."""
-        index = {name: number for number, name in enumerate(classes)}
-        renumbered = np.array([index[name] for name in self.classes])
-        self._new_labels = renumbered if self._new_labels is None else renumbered[self._new_labels]
+        number = {name: number for number, name in enumerate(classes)}
+        self._numbers = np.array([number[name] for name in self.classes], dtype=np.int64)[self._numbers]
         self.classes = list(classes)
 
     def name(self, index: int) -> str:
@@ -336,8 +294,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def select(self, indices: np.ndarray) -> None:
         """Keeps these of the images, in this order."""
-        self._selected = indices if self._selected is None else self._selected[indices]
-        self._length = len(self._selected)
+        self._positions = np.asarray(self._positions)[indices]
 
     def part(self, indices: np.ndarray, *, on_bad_image: str) -> ImageDataset:
         """These of the images as a data set of their own, which reads them from the same place."""
@@ -349,22 +306,20 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         return part
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._positions)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        position = self._position(index)
-        if self.on_bad_image == 'stop':
-            image, target = self._image(position), self._target(position)
-        else:
-            image, target = self._good_image(index)
+        stops = self.on_bad_image == 'stop'
+        image, target = (self.load(index), self.target(index)) if stops else self._good_image(index)
         return image if self.transform is None else self.transform(image), target
 
     def _good_image(self, index: int) -> tuple[Image.Image, int]:
         for step in range(len(self)):
-            position = self._position((index + step) % len(self))
+            near = (index + step) % len(self)
+            position = self._position(near)
             if not self._bad[position]:
                 try:
-                    return self._image(position), self._target(position)
+                    return self._image(position), self.target(near)
                 except BadImageError:
                     self._bad[position] = 1
                     self._check_bad()
@@ -375,10 +330,8 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def _check_bad(self) -> None:
         bad = torch.nonzero(self._bad).flatten().tolist()
         if len(bad) > MOST_BAD * len(self):
-            raise InputError(
-                f'{len(bad)} of {len(self)} images cannot be read, more than {MOST_BAD:.0%}: '
-                f'{shorten(map(self._where, bad), most=20)}'
-            )
+            where = shorten(map(self._where, bad), most=20)
+            raise InputError(f'{len(bad)} of {len(self)} images cannot be read, more than {MOST_BAD:.0%}: {where}')
 
     def log_bad_images(self) -> None:
         """Logs, each once, the images that any process found bad since the last call. All processes must call it.
@@ -388,7 +341,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """
         if self.on_bad_image == 'stop':
             return
-        all_reduce_max(self._bad)
+        all_reduce(self._bad, largest=True)
         for position in torch.nonzero(self._bad > self._logged).flatten().tolist():
             what = 'left out' if self.on_bad_image == 'leave out' else 'replaced by the next good one'
             log(f'Bad image, {what}: {self._where(position)}')

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn, TypeVar
 
@@ -30,23 +30,23 @@ class Split(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What lies on the disk. `train` is None where only evaluation was asked for; `notes` are for the user.
+    """What lies on the disk: those of the splits 'train', 'val' and 'test' that are needed, and notes for the user."""
 
-    `test` are the images that the best checkpoint is evaluated on at the end, where others than those of `val` are.
-    """
-
-    train: Split | None
-    val: Split
+    splits: dict[str, Split]
     classes: list[str]
     notes: list[str]
-    test: Split | None = None
+
+
+def evaluated_split(splits: Container[str]) -> str:
+    """Which of the splits an evaluation alone is of: 'test' where that stands beside 'val'."""
+    return 'test' if 'test' in splits else 'val'
 
 
 def make_layout(root: Path, rows: Rows, sources: Mapping[str, Path], classes: list[str], notes: list[str]) -> Layout:
     """What lies below `root`, from the rows of its splits; `sources` are what notes call these."""
     splits = {split: Split(root, *map(list, zip(*listed, strict=True))) for split, listed in rows.items()}
     lacking = [note for name, split in splits.items() for note in note_lacking(sources[name], split.targets, classes)]
-    return Layout(splits.get('train'), splits['val'], classes, notes + lacking, splits.get('test'))
+    return Layout(splits, classes, notes + lacking)
 
 
 def _nfc(name: str) -> str:
@@ -56,10 +56,6 @@ def _nfc(name: str) -> str:
 
 def _folders(parent: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(parent) if entry.is_dir() and not entry.name.startswith('.'))
-
-
-def _class_names(folder: Path) -> set[str]:
-    return set(map(_nfc, _folders(folder)))
 
 
 def _stop(error: OSError) -> NoReturn:
@@ -112,7 +108,10 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     notes: list[str] = []
     sources = {split: root / folder for split, folder in folders.items()}
     rows = {split: _read_annotations(folder, notes) for split, folder in sources.items()}
-    names = {split: {name for _, name in rows[split]} or _class_names(folder) for split, folder in sources.items()}
+    names = {
+        split: {name for _, name in rows[split]} or set(map(_nfc, _folders(folder)))
+        for split, folder in sources.items()
+    }
     tests = names.pop('test', set())
     if tests.isdisjoint(set().union(*names.values())):  # as ImageNet's, whose images have no labels
         others += [folders['test']] if 'test' in folders else []
@@ -122,9 +121,7 @@ def find_folders(root: Path, *, train: bool) -> Layout:
             notes.append(f'{root}: {folders["test"]}/ is evaluated, not {folders["val"]}/')
     if others:
         notes.append(f'{root}: {folders["val"]}/ validates; not read: {", ".join(others)}')
-    needed = [split for split in sources if split in names]
-    if not train:
-        needed = needed[-1:]
+    needed = list(names) if train else [evaluated_split(names)]
     classes = _number_classes(root, sorted(set().union(*names.values())))
     walked = []
     for split in needed:
@@ -140,10 +137,7 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     numbered = {
         split: [(f'{folders[split]}/{path}', class_to_idx[name]) for path, name in rows[split]] for split in needed
     }
-    if not train:
-        numbered, sources = {'val': numbered[needed[0]]}, {'val': sources[needed[0]]}
-    layout = make_layout(root, numbered, sources, classes, notes)
-    return layout._replace(notes=layout.notes + note_left_out(root, walked))
+    return make_layout(root, numbered, sources, classes, notes + note_left_out(root, walked))
 
 
 def _in_class_folders(folder: Path, found: Found, notes: list[str]) -> list[tuple[str, str]]:

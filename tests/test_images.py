@@ -21,8 +21,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import DataSource, build_datasets
+from folder2lmdb import shrink
 from main import main
-from pipeline.images import BadImageError, Reading, decode, image_extensions, pack_names, shrink
+from pipeline.images import BadImageError, Reading, decode, image_extensions, pack_names
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 from tests.processes import run
 from tests.test_distributed import trained_by

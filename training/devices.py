@@ -16,9 +16,6 @@ from utils import UsageError
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-# Devices
-
-
 def default_device(process: Process) -> str:
     """'cuda', 'mps' or 'cpu': the best that this machine has, and that a group of processes can use."""
     if torch.cuda.is_available():

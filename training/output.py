@@ -6,9 +6,9 @@ import itertools
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,37 +59,34 @@ class BackgroundWriter:
 
     Args:
         previous: the name that a file's old content gets, for files that have one.
-        check: called before each file; after an InputError of it nothing more is written, and the next call raises it.
+        check: called before each file; after an InputError of it nothing more is written, and each call raises it.
     """
 
     def __init__(self, previous: Mapping[Path, Path], check: Callable[[], object] = lambda: None) -> None:
         self._previous = previous
         self._check = check
-        self._refused: InputError | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, 'writer')
+        self._work: Future[None] | None = None  # the last
         self._pending: dict[Path, bytes] = {}
         self._failure = ''
         self._unmade: Callable[[], Mapping[Path, bytes]] | None = None
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        """Whether the last files are still being written."""
+        return self._work is not None and not self._work.done()
 
     def put(self, make: Callable[[], Mapping[Path, bytes]]) -> None:
         """Has the thread make files' bytes and write them, after what it is writing."""
         self.wait()
-        self._thread = threading.Thread(target=self._work, args=(make,), name='writer')
-        self._thread.start()
+        self._work = self._thread.submit(self._write, make)
 
     def wait(self) -> None:
-        """Waits for the thread; raises the InputError of `check`."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._refused is not None:
-            raise self._refused
+        """Waits until the last files are on the disk; raises the InputError of `check`."""
+        if self._work is not None:
+            self._work.result()
 
-    def _work(self, make: Callable[[], Mapping[Path, bytes]]) -> None:
+    def _write(self, make: Callable[[], Mapping[Path, bytes]]) -> None:
         try:
             self._pending.update(make())
         except Exception as err:
@@ -102,9 +99,6 @@ class BackgroundWriter:
                 self._check()
                 ckpt.write_bytes(path, data, previous=self._previous.get(path))
                 del self._pending[path]
-            except InputError as err:
-                self._refused = err
-                return
             except OSError as err:
                 self._failure = f'{path} could not be written: {err.strerror or one_line(err)}'
                 log(f'Warning: {self._failure}; what it held stays, the run goes on, and tries again at the next save')
@@ -150,7 +144,7 @@ class _Events:
             self._writer.close()
 
 
-class OutputFolder:
+class OutputFolder(BackgroundWriter):
     """The files of a run, written by the main process; an empty path writes none.
 
     Args:
@@ -170,7 +164,7 @@ class OutputFolder:
         self._folder: int | None = None
         self.writers: list[_Events | WandbRun] = []  # of an epoch's numbers
         previous = {} if self.path is None else {self.path / CHECKPOINT: self.path / PREVIOUS}
-        self._files = BackgroundWriter(previous, self._check_folder)
+        super().__init__(previous, self._check_folder)
         if self._export is not None:
             self._export.parent.mkdir(parents=True, exist_ok=True)
         if self.path is not None:
@@ -234,11 +228,6 @@ class OutputFolder:
             for name, entries in (('log.txt', lines), ('timing.txt', timings))
         }
 
-    @property
-    def busy(self) -> bool:
-        """Whether the last checkpoint is still being written."""
-        return self._files.busy
-
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
         """Writes checkpoint.pth, and best_checkpoint.pth too if this is the best so far, in the background.
 
@@ -266,16 +255,12 @@ class OutputFolder:
                     files |= self._logs(copied['history'], copied['timings'])
             return files
 
-        self._files.put(make)
+        self.put(make)
 
     def add_events(self, line: dict[str, Any]) -> None:
         """Adds an epoch's numbers, 'epoch' among them, to tensorboardX's file, and to wandb if it is asked for."""
         for writer in self.writers:
             writer.add(line)
-
-    def wait(self) -> None:
-        """Waits until the last checkpoint is on the disk."""
-        self._files.wait()
 
     def dump(self, name: str, content: Mapping[str, Any]) -> str:
         """Writes a JSON file; returns ' (its path)', or an empty string if there is no folder."""
@@ -289,7 +274,7 @@ class OutputFolder:
     def close(self) -> None:
         """Waits for all files; raises InputError if one of them could not be written."""
         try:
-            self._files.close()
+            super().close()
             if self._export and not self._exported and self.path:
                 state = ckpt.load(str(self.path))  # of an earlier start
                 if not (self.path / BEST).is_file():

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from engine import NonFiniteError, TrainSettings, train_one_epoch
+from engine import TrainSettings, train_one_epoch
 from pipeline.images import ImageDataset
 from pipeline.loaders import TrainLoader
 from training import checkpoint as ckpt
@@ -21,7 +21,7 @@ from training.output import OutputFolder
 from training.signals import GO_ON, STOP, Interrupted, Interrupts, requeue
 from training.state import TrainingProgress, TrainState, compare, load_state, refuse_other_run, to_state
 from training.weights import stored_args
-from utils import InputError, barrier, format_seconds, from_main_process, is_main_process, log
+from utils import InputError, NonFiniteError, barrier, format_seconds, from_main_process, is_main_process, log
 
 TEST_RESULT = 'test.json'
 MAX_REWINDS = 10  # in an epoch

@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 
 from pipeline.workers import SIGNALS
-from utils import InputError, all_reduce_max, log
+from utils import InputError, all_reduce, log
 
 GO_ON, SAVE, STOP = 0, 1, 2  # what processes agree on after a step; STOP plus a signal's number
 
@@ -63,7 +63,7 @@ class Interrupts:
     def agree(self, *, save: bool) -> int:
         """What all processes do after this step: GO_ON, SAVE where one is for it, or STOP plus a signal's number."""
         own = STOP + self.signal if self.signal else SAVE if save else GO_ON
-        return int(all_reduce_max(torch.tensor(own)))  # in host memory: the device goes on with its work
+        return int(all_reduce(torch.tensor(own), largest=True))  # in host memory: the device goes on with its work
 
 
 def requeue() -> None:
