@@ -4,86 +4,77 @@ Arguments go to the model's constructor. `checkpoint`, a path or URL of a file o
 with them the constructor's arguments, the image size and the number of classes, where these are not given.
 """
 
-import argparse
-import hashlib
-import importlib.util
-import inspect
-import json
-import pathlib
-import re
-import sys
-import types
-import typing
+import importlib as _importlib
+import importlib.util as _util
+import pathlib as _pathlib
+import sys as _sys
+import types as _types
+import typing as _typing
 
-import safetensors
-import torch
+dependencies = ['torch', 'timm', 'einops', 'safetensors', 'numpy', 'tqdm']
 
-dependencies = ['torch', 'timm', 'einops', 'safetensors']
-
+_ROOT = _pathlib.Path(__file__).resolve().parent
 _ALIAS = 'dhvt_hub_models'
+_FOLDERS = ('models', 'config', 'training', 'pipeline')
 
 
-def _load_models() -> types.ModuleType:
+def _is_ours(module: _types.ModuleType) -> bool:
+    file = getattr(module, '__file__', None)
+    # The folder may also hold a virtual environment.
+    return file is not None and _pathlib.Path(file).resolve().parent in (_ROOT, *map(_ROOT.joinpath, _FOLDERS))
+
+
+def _load_models() -> _types.ModuleType:
     """The package models, under a name of its own: the program that asks for a model may have another `models`."""
-    file = pathlib.Path(__file__).resolve().parent / 'models' / '__init__.py'
     for name in ('models', _ALIAS):
-        loaded = sys.modules.get(name)
-        if loaded is not None and pathlib.Path(getattr(loaded, '__file__', None) or '').resolve() == file:
+        loaded = _sys.modules.get(name)
+        if loaded is not None and _is_ours(loaded):
             return loaded
-    spec = importlib.util.spec_from_file_location(_ALIAS, file, submodule_search_locations=[str(file.parent)])
+    folder = _ROOT / 'models'
+    spec = _util.spec_from_file_location(_ALIAS, folder / '__init__.py', submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
-    package = sys.modules[_ALIAS] = importlib.util.module_from_spec(spec)
+    package = _sys.modules[_ALIAS] = _util.module_from_spec(spec)
     spec.loader.exec_module(package)
     return package
 
 
 _models = _load_models()
-_ablations = importlib.import_module(f'{_models.__name__}.ablations')
 
 
-def _read(source: str) -> dict[str, typing.Any]:
-    """What a file of main.py holds; a URL's is fetched once, into torch.hub's folder."""
-    path = pathlib.Path(source)
-    if '://' in source:
-        # The hub names its files by the URL's last part alone; two checkpoint.pth of different origin would be one.
-        name = f'{hashlib.sha256(source.encode()).hexdigest()[:12]}-{path.name}'
-        path = pathlib.Path(torch.hub.get_dir(), 'checkpoints', name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            torch.hub.download_url_to_file(source, str(path))
-    if path.suffix == '.safetensors':
-        with safetensors.safe_open(path, 'pt') as file:
-            described = json.loads((file.metadata() or {}).get('dhvt', '{}'))
-            return {**described, 'model': {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
-    with torch.serialization.safe_globals([argparse.Namespace]):  # which the published code stores
-        return torch.load(path, map_location='cpu', weights_only=True)
+def _import_trained() -> _types.ModuleType:
+    """config/pretrained.py, without a trace in sys.modules, where its and its imports' short names may be another's."""
+    ours = {*_FOLDERS, *(path.stem for path in _ROOT.glob('*.py'))}
+    found = {name: module for name, module in _sys.modules.items() if name.partition('.')[0] in ours}
+    others = {name: module for name, module in found.items() if not _is_ours(module)}
+    for name in others:
+        del _sys.modules[name]
+    for name, module in list(_sys.modules.items()):
+        if name.partition('.')[0] == _ALIAS:
+            _sys.modules.setdefault('models' + name.removeprefix(_ALIAS), module)
+    _sys.path.insert(0, str(_ROOT))
+    try:
+        return _importlib.import_module('config.pretrained')
+    finally:
+        _sys.path.remove(str(_ROOT))
+        for name in list(_sys.modules):
+            if name.partition('.')[0] in ours and (name in others or name not in found):
+                del _sys.modules[name]
+        _sys.modules.update(others)
 
 
-def _create_trained(name: str, source: str, kwargs: dict[str, typing.Any]) -> torch.nn.Module:
-    checkpoint = _read(source)
-    weights, args = checkpoint['model'], checkpoint.get('args') or {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if args.get('model', name) != name:
-        raise ValueError(f'{source} is of {args["model"]}, not of {name}')
-    said = {key: args.get(key) for key in ('in_chans', 'base_keep_rate', 'fuse_token', 'drop_loc')}
-    if said['drop_loc'] is not None:  # lists of blocks; in the published code a word
-        said['drop_loc'] = [int(number) for number in re.findall(r'\d+', str(said['drop_loc']))]
-    said |= {'img_size': args.get('input_size'), **dict(args.get('model_kwargs') or ())}
-    # Of the rest, which timm would take too, some say from which files and addresses weights are loaded.
-    with torch.device('meta'):  # which takes no memory
-        classes = type(_ablations.create_model(name)).__mro__[:-1]
-    known = {*_ablations.OPTIONS, *(key for cls in classes for key in inspect.signature(cls).parameters)}
-    said = {key: value for key, value in said.items() if key in known and value is not None}
-    model = _ablations.create_model(name, **{**said, 'num_classes': len(weights['head.weight']), **kwargs})
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def _entry_point(name: str, create: typing.Callable[..., torch.nn.Module]) -> typing.Callable[..., torch.nn.Module]:
-    def entry_point(checkpoint: str | None = None, **kwargs: typing.Any) -> torch.nn.Module:
+def _entry_point(name: str, create: _typing.Callable[..., _typing.Any]) -> _typing.Callable[..., _typing.Any]:
+    def entry_point(checkpoint: str | None = None, **kwargs: _typing.Any) -> _typing.Any:
+        build = _importlib.import_module(f'{_models.__name__}.ablations').create_model  # timm's, and ablations
         if checkpoint is None:
-            return _ablations.create_model(name, **kwargs)
-        return _create_trained(name, checkpoint, kwargs)
+            return build(name, **kwargs)
+        trained = _import_trained()
+        loaded = trained.ckpt.load(checkpoint)
+        weights = trained.model_weights(loaded, checkpoint)
+        size = kwargs.pop('img_size', None)
+        settings = trained.read_settings(loaded, weights, checkpoint, name=name, input_size=size, further=kwargs)
+        if settings.args.get('model', name) != name:
+            raise ValueError(f'{checkpoint} is of {settings.args["model"]}, not of {name}')
+        return settings.build(weights, checkpoint)
 
     entry_point.__name__ = name
     entry_point.__doc__ = (
