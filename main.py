@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.utils import random_seed
 from torch import nn
 
-from config.arguments import read_args
+from config.arguments import parse_args
 from config.builders import (
     build_average,
     build_criterion,
@@ -77,15 +77,10 @@ def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.devic
     log(f'{rate:.1f} images/s in evaluation, batch {args.batch_size}, {args.input_size} px, {amp_name(amp)}, {device}')
 
 
-def find_start(
-    args: argparse.Namespace, process: Process, output: OutputFolder, recalled: dict[str, Any] | None
-) -> tuple[str, dict[str, Any], bool]:
+def find_start(args: argparse.Namespace, process: Process, output: OutputFolder) -> tuple[str, dict[str, Any], bool]:
     """The checkpoint to start from, if any: its name and content, and whether a run goes on from it.
 
     The output folder's is read by the main process for all, which need not have the same disk.
-
-    Args:
-        recalled: that of `--eval` or `--finetune`, where it was read for the flags.
     """
     if args.auto_resume and not args.eval:
         found = from_main_process(output.newest())
@@ -99,7 +94,7 @@ def find_start(
     if not source:
         return '', {}, False
     with in_turn(process):  # a URL is downloaded once
-        return source, recalled or ckpt.load(source, newest=bool(args.resume) and not args.eval), bool(args.resume)
+        return source, ckpt.load(source, newest=bool(args.resume) and not args.eval), bool(args.resume)
 
 
 def load_weights(
@@ -145,8 +140,8 @@ def make_test(
     return test
 
 
-def run(args: argparse.Namespace, recalled: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Builds everything from what `read_args` gives and runs the epochs; returns the last line of the log."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Builds everything from the arguments and runs the epochs; returns the last line of the log."""
     process, device, amp_dtype = start_process(args)
     if args.only_test_speed:
         model = build_model(args, args.nb_classes or find_info(args.data_set).num_classes).to(device)
@@ -154,7 +149,7 @@ def run(args: argparse.Namespace, recalled: dict[str, Any] | None = None) -> dic
         return {}
 
     output = OutputFolder('' if args.eval else args.output_dir, export=args.export_safetensors)
-    source, checkpoint, resumes = find_start(args, process, output, recalled)
+    source, checkpoint, resumes = find_start(args, process, output)
     head_stays = resumes or args.eval
     splits = load_splits(args, process, class_names(checkpoint, source) if head_stays else None)
     train_loader, val_loader, augmented = open_loaders(args, splits, process, device)
@@ -277,10 +272,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         SystemExit: with 2 for wrong flags, 1 for anything else that cannot be used, after one line that says so.
     """
     with one_line_errors('main.py'):
-        args, recalled = read_args(argv)
+        args = parse_args(argv)
         try:
             with no_children_left():
-                line = run(args, recalled)
+                line = run(args)
         except Interrupted as stop:
             if not is_main_process():
                 sys.exit(stop.exit_code)

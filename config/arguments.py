@@ -255,12 +255,7 @@ def mixes_images(args: argparse.Namespace) -> bool:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses and checks the flags; raises what `read_args` does."""
-    return read_args(argv)[0]
-
-
-def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """Parses and checks the flags. Gives the checkpoint of `--eval` or `--finetune` too, whose run says the others.
+    """Parses and checks the flags.
 
     Raises:
         UsageError: for flags that contradict each other.
@@ -275,12 +270,12 @@ def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str,
     if args.start_epoch and args.resume:
         raise UsageError('--start_epoch and --resume exclude each other: the checkpoint says where it stopped')
     check_args(args)
-    recalled, checkpoint = recalled_flags(args, {arg.partition('=')[0].replace('_', '-') for arg in typed})
+    recalled = recalled_flags(args, {arg.partition('=')[0].replace('_', '-') for arg in typed})
     if recalled:
         args = parser.parse_args([*recalled, *typed])
         check_args(args)
     vars(args).pop('config', None)  # what it said is in the others
-    return args, checkpoint
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:

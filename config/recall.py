@@ -90,9 +90,8 @@ def _words(name: str, value: Any) -> list[str] | None:
         return None
 
 
-def recalled_flags(args: argparse.Namespace, typed: set[str]) -> tuple[list[str], dict[str, Any] | None]:
-    """What the run that wrote a checkpoint says in place of flags that are not typed; and that checkpoint, where the
-    program starts from it, which need not be read again.
+def recalled_flags(args: argparse.Namespace, typed: set[str]) -> list[str]:
+    """What the run that wrote a checkpoint says in place of flags that are not typed.
 
     Args:
         typed: names of flags, with hyphens.
@@ -102,8 +101,7 @@ def recalled_flags(args: argparse.Namespace, typed: set[str]) -> tuple[list[str]
         UsageError: if it does not say its model, and the flags do not either.
     """
     if args.eval and args.resume:
-        checkpoint = ckpt.load(args.resume)
-        stored = stored_args(checkpoint)
+        stored = stored_args(ckpt.load(args.resume))
         without: tuple[str, ...] = ()
         if '--data-set' in typed:  # how the other one lies says nothing about this one
             without = LAYOUT_FLAGS
@@ -111,16 +109,14 @@ def recalled_flags(args: argparse.Namespace, typed: set[str]) -> tuple[list[str]
             without = ('data_layout',)
         if not keeps_tokens_by_rate(args.model if '--model' in typed else str(stored.get('model'))):
             without += EVIT_FLAGS
-        return stored_flags(stored, [name for name in RECALLED_FLAGS if name not in without]), checkpoint
+        return stored_flags(stored, [name for name in RECALLED_FLAGS if name not in without])
     if not args.finetune:
-        return [], None
+        return []
     goes_on = args.auto_resume and holds_run(Path(args.output_dir)) and not Path(args.finetune).exists()
-    checkpoint = ckpt.load(args.output_dir if goes_on else args.finetune, newest=goes_on)
-    start = None if goes_on or args.resume else checkpoint
-    stored = stored_args(checkpoint)
+    stored = stored_args(ckpt.load(args.output_dir if goes_on else args.finetune, newest=goes_on))
     name = stored.get('model')
     if '--model' in typed:
-        return stored_flags(stored, MODEL_FLAGS[1:]) if name == args.model else [], start
+        return stored_flags(stored, MODEL_FLAGS[1:]) if name == args.model else []
     if not isinstance(name, str):
         raise UsageError(f'{args.finetune} does not say which model it is of: give --model (MODEL=… for finetune.sh)')
-    return stored_flags(stored, MODEL_FLAGS), start
+    return stored_flags(stored, MODEL_FLAGS)

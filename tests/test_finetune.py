@@ -54,20 +54,6 @@ def test_the_model_comes_from_the_checkpoint(trained: Path, tmp_path: Path, caps
     assert typed.model == WIDE[1] and typed.model_kwargs == [('depth', 2)]
 
 
-def test_a_checkpoint_is_read_once(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources: list[str] = []
-    load = ckpt.load
-
-    def counted(source: str, **how: Any) -> dict[str, Any]:
-        sources.append(source)
-        return load(source, **how)
-
-    monkeypatch.setattr(ckpt, 'load', counted)
-    main([*DIGITS, '--finetune', str(trained)])
-    main(['--eval', '--resume', str(trained), '--num_workers', '0'])
-    assert sources == [str(trained), str(trained)]
-
-
 def test_another_model_is_refused_unless_asked_for(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,6 @@ from pyarrow import parquet
 import config.data
 import folder2lmdb
 import main
-from config.arguments import parse_args
 from config.data import load_splits
 from config.flags import data_set
 from datasets import DataSource, HoldOut, build_datasets
@@ -255,7 +254,7 @@ def test_one_process_downloads(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(config.data, 'in_turn', in_turn)
     monkeypatch.setattr(config.data, 'build_datasets', stop)
-    args = parse_args(['--data-set', name, '--data-path', str(tmp_path)])
+    args = main.parse_args(['--data-set', name, '--data-path', str(tmp_path)])
     for download in (True, False):
         with pytest.raises(InputError, match='as asked'):
             load_splits(args, Process(), None, download=download)
