@@ -95,8 +95,8 @@ def get_args_parser() -> FlagParser:
                        'pass: less memory, about a third more time')  # fmt: skip
     group.add_argument('--model-ema', action=switch, default=True, help='keep a moving average of the weights')
     group.add_argument('--model-ema-decay', default=0.99996, type=PROBABILITY, help='its decay for each step')
-    group.add_argument('--model-ema-warmup', action='store_true', help="timm's: the decay grows with the steps up to "
-                       'that; the average then counts for the best checkpoint where it is the better one')  # fmt: skip
+    group.add_argument('--model-ema-warmup', action=switch, default=False, help="timm's: the decay grows with the "
+                       'steps up to that; the average then counts for the best checkpoint if it is better')  # fmt: skip
     group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it in host memory')
 
     group = parser.add_argument_group('token reorganisation', 'of EViT, the models named deit_…_shrink_base')
@@ -128,8 +128,8 @@ def get_args_parser() -> FlagParser:
     group = parser.add_argument_group('learning rate schedule')
     group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly', 'plateau'))
     group.add_argument('--lr', default=5e-4, type=AMOUNT, help='before scaling by total batch / 512')
-    group.add_argument('--sched-on-updates', action='store_true', help='the schedule goes by optimizer steps, not by '
-                       'epochs, and without --lr-delay-epochs')  # fmt: skip
+    group.add_argument('--sched-on-updates', action=switch, default=False, help='the schedule goes by optimizer steps, '
+                       'not by epochs, and without --lr-delay-epochs')  # fmt: skip
     group.add_argument('--lr-noise', nargs='+', type=PROBABILITY, metavar='PART', help='noise from (to) this part on')
     group.add_argument('--lr-noise-pct', default=0.67, type=AMOUNT, help='limit of the noise')
     group.add_argument('--lr-noise-std', default=1.0, type=AMOUNT, help='standard deviation of the noise')
@@ -226,7 +226,7 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--start_epoch', default=0, type=COUNT, help='first epoch; --resume sets it')
     group.add_argument('--eval', action='store_true', help='evaluate only; the flags of the run that wrote the '
                        'checkpoint are the defaults')  # fmt: skip
-    group.add_argument('--dist-eval', action='store_true', help='share evaluation out over the processes')
+    group.add_argument('--dist-eval', action=switch, default=False, help='share evaluation out over the processes')
     group.add_argument('--test_speed', action='store_true', help='print images per second and multiply-adds first')
     group.add_argument('--only_test_speed', action='store_true', help='print them and leave')
     group.add_argument('--seed', default=0, type=SEED, help='of every random draw')

@@ -266,13 +266,26 @@ def test_the_fast_recipe(tmp_path: Path) -> None:
     expected = {'data_set': 'TINYIMNET', 'epochs': 30, 'batch_size': 64, 'opt': 'muon', 'sched_on_updates': True}
     expected |= {'model_ema_warmup': True, 'repeated_aug': False, 'model': 'dhvt_tiny_cifar_patch4'}
     assert {name: flags[name] for name in expected} == expected
-    table = ablate.TABLES['fast']
-    row = next(row for row in table.rows if 'the recipe' in row.name)
-    given = [*table.flags, *row.flags.split(), '--batch-size', str(row.batch), '--output-dir', 'x']
-    searched = vars(parse_args(given))
-    _, flags = flags_of(script('run_code.sh', 'fast', OUTPUT='', DATA=''))
     free = {'model', 'train_fraction', 'val_fraction', 'output_dir', 'auto_resume'}
-    assert {name for name in flags if flags[name] != searched[name]} <= free
+    table = ablate.TABLES['fast']
+    rows = {row.name: row for row in table.rows}
+    for name, *recipe in (
+        ('the recipe, 10 epochs', 'fast'),
+        ('the recipe, 30 epochs', 'fast', '--epochs', '30'),
+        ("the paper's recipe, 30 epochs", 'cifar10', '--epochs', '30'),
+    ):
+        given = [*table.flags, *rows[name].flags.split(), '--batch-size', str(rows[name].batch), '--output-dir', 'x']
+        searched = vars(parse_args(given))
+        _, flags = flags_of(script('run_code.sh', *recipe, OUTPUT='', DATA=''))
+        assert {key for key in flags if flags[key] != searched[key]} <= free, name
+    for given, part in (
+        ('--epochs=19', 0),
+        ('--epochs=20', 0.5),
+        ('--epochs 30 --epochs 3', 0),
+        ('--epochs 30 --cutmix 0', 0),
+    ):
+        _, flags = flags_of(script('run_code.sh', 'fast', *given.split()))
+        assert flags['mixup_prob'] * flags['cutmix'] == part, given
     small = ['--data-set', 'DIGITS', '--input-size', '16', '--epochs', '2', '--num_workers', '0', '--device', 'cpu']
     small += ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '--train-fraction', '0.2']
     text = script('run_code.sh', 'fast', *small, DRY_RUN='', OUTPUT=str(tmp_path), OMP_NUM_THREADS='1')

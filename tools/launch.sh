@@ -74,6 +74,17 @@ keep_last_of_each_flag() {
     flags=("${kept[@]}")
 }
 
+# flag_value NAME DEFAULT FLAG…: what main.py will take for a flag, its last value among FLAGs.
+flag_value() {
+    local name=$1 value=$2
+    shift 2
+    while [ $# -gt 0 ]; do
+        case $1 in "$name") value=${2:-} ;; "$name"=*) value=${1#*=} ;; esac
+        shift
+    done
+    echo "$value"
+}
+
 # launch NAME MODEL TOTAL_BATCH FLAG…: trains with TOTAL_BATCH images a step, shared out over all processes.
 launch() {
     local name=$1 model=$2 total=$3
