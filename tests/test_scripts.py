@@ -278,14 +278,14 @@ def test_the_fast_recipe(tmp_path: Path) -> None:
         searched = vars(parse_args(given))
         _, flags = flags_of(script('run_code.sh', *recipe, OUTPUT='', DATA=''))
         assert {key for key in flags if flags[key] != searched[key]} <= free, name
-    for given, part in (
+    for further, part in (
         ('--epochs=19', 0),
         ('--epochs=20', 0.5),
         ('--epochs 30 --epochs 3', 0),
         ('--epochs 30 --cutmix 0', 0),
     ):
-        _, flags = flags_of(script('run_code.sh', 'fast', *given.split()))
-        assert flags['mixup_prob'] * flags['cutmix'] == part, given
+        _, flags = flags_of(script('run_code.sh', 'fast', *further.split()))
+        assert flags['mixup_prob'] * flags['cutmix'] == part, further
     small = ['--data-set', 'DIGITS', '--input-size', '16', '--epochs', '2', '--num_workers', '0', '--device', 'cpu']
     small += ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '--train-fraction', '0.2']
     text = script('run_code.sh', 'fast', *small, DRY_RUN='', OUTPUT=str(tmp_path), OMP_NUM_THREADS='1')
