@@ -74,10 +74,10 @@ keep_last_of_each_flag() {
     flags=("${kept[@]}")
 }
 
-# flag_value NAME DEFAULT FLAG…: what main.py will take for a flag, its last value among FLAGs.
+# flag_value NAME FLAG…: what main.py will take for a flag, its last value among FLAGs.
 flag_value() {
-    local name=$1 value=$2
-    shift 2
+    local name=$1 value=''
+    shift
     while [ $# -gt 0 ]; do
         case $1 in "$name") value=${2:-} ;; "$name"=*) value=${1#*=} ;; esac
         shift
