@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,11 +150,12 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, Line2D]]) -> str:
     Returns:
         What the numbers stand for that it has in place of names.
     """
-    beside = len(entries) > 5
+    beside = len(entries) > 4
     place: dict[str, Any] = {'loc': 'upper left', 'bbox_to_anchor': (1.01, 1)} if beside else {'loc': 'best'}
     shown, legend = drawable([name for name, _ in entries])
-    lines, names = [line for _, line in entries], [f' {shorten_text(name, 30)}' for name in shown]
-    axes.legend(lines, names, fontsize=8, frameon=False, **place)
+    most = 34 * min(max(MOST_IN_LEGEND // max(len(entries), 1), 1), 3)
+    names = [fill(shorten_text(name, most), 34, initial_indent=' ') for name in shown]
+    axes.legend([line for _, line in entries], names, fontsize=8, frameon=False, **place)
     return legend
 
 
@@ -233,9 +235,9 @@ def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
     alone = len(runs) == 1
     images = ' or '.join(dict.fromkeys(run.chosen_on for run in runs))
     test, average, train = (images, BLUE, '-'), ('moving average', ORANGE, '--'), ('train', GREY, ':')
-    only = ('train', BLUE, '-')
+    only, share = ('train', BLUE, '-'), f'% of {images} images'
     panels: list[tuple[str, str, str, dict[str, tuple[str, str, str]]]] = [
-        ('accuracy', f'{images.capitalize()} accuracy', '%', {'test_acc1': test, 'ema_test_acc1': average}),
+        ('accuracy', f'{images.capitalize()} accuracy', share, {'test_acc1': test, 'ema_test_acc1': average}),
         ('loss', 'Loss', 'cross-entropy', {'train_loss': train, 'test_loss': test, 'ema_test_loss': average}),
         ('learning_rate', 'Learning rate', 'after scaling', {'train_lr': only}),
         ('grad_norm', 'Gradient norm', 'mean, before clipping', {'train_grad_norm': only}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -37,14 +37,12 @@ def _percent(label: str, result: Best | None, note: str = '') -> Fact:
     return Fact(label, '–') if result is None else Fact(label, f'{result.value:.2f}%', f'epoch {result.epoch}{note}')
 
 
-def choose_colors(groups: dict[str, list[LoggedRun]]) -> None:
-    """Gives runs of the same settings one colour and label, if there are several such groups; else each its own."""
-    runs = [run for group in groups.values() for run in group]
-    units = groups if 1 < len(groups) < len(runs) else {run.name: [run] for run in runs}
-    few = len(units) <= 10
-    palette = colormaps['tab10'](range(10)) if few else colormaps['turbo'](np.linspace(0.05, 0.95, len(units)))
-    for (label, unit), color in zip(units.items(), palette, strict=False):
-        for run in unit:
+def choose_colors(groups: Mapping[str, Sequence[LoggedRun]]) -> None:
+    """Gives the runs of each group one colour, and its name as their label."""
+    few = len(groups) <= 10
+    palette = colormaps['tab10'](range(10)) if few else colormaps['turbo'](np.linspace(0.05, 0.95, len(groups)))
+    for (label, group), color in zip(groups.items(), palette, strict=False):
+        for run in group:
             run.color, run.label = to_hex(color), label
 
 
@@ -159,7 +157,8 @@ def make(
     runs = read_runs(folders)
     out = out or (folders[0] / 'report.html' if len(folders) == 1 else Path('report.html'))
     groups = group_by_settings(runs)
-    choose_colors(groups)
+    # Runs of the same settings look the same, if there are several such groups.
+    choose_colors(groups if 1 < len(groups) < len(runs) else {run.name: [run] for run in runs})
     facts, columns, unknown = compare_facts(runs)
     over_seeds, left_out = seed_statistics(groups)
     best = max(runs, key=lambda run: run.best.value if run.best is not None else -math.inf)

@@ -331,7 +331,7 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
         rows = list(csv.DictReader(file))
     assert [float(row['paper']) for row in rows] == [80.90, 80.72] and rows[1]['options'] == 'stem=no-affine'
     assert float(rows[0]['sd']) == pytest.approx(spread) and rows[1]['sd'] == ''
-    assert (output / 'table.png').read_bytes()[:4] == b'\x89PNG'
+    assert all((output / name).read_bytes()[:4] == b'\x89PNG' for name in ('table.png', 'curves.png'))
 
     code, _, err = run(capsys, *argv, '--seeds', '0', '--epochs', '2')
     assert code == 1 and '--epochs was 1, is 2' in err and 'Choose another --output' in err

@@ -1,17 +1,16 @@
-"""Runs an ablation table of the DHVT paper, row after row, and prints it beside the paper's figures.
+"""Runs a table of experiments, row after row, and prints it, an ablation of the DHVT paper beside the paper's figures.
 
     python tools/ablate.py TABLE [--seeds 0 1 2] [--folds K] [--output DIR] [--nproc N] [further flags of main.py]
 
-TABLE is 5, 6, 8, 9, 10, 11 or affines. Every row is a model of one class, made by `--model-kwargs`, and every run is a
-call of main.py in its own folder, DIR/ROW/seedN, with `--auto-resume`: the same command again leaves finished runs as
-they are and goes on with the one that was stopped. Flags are the paper's for its ablations: CIFAR-100, 300 epochs, a
-total batch of 512, 10 epochs of warm-up, learning rate 1e-3, four seeds; further flags come after them and win.
+TABLE is one of tools/ablations.yaml; docs/tools.md says what is done where the paper leaves something open. Every row
+is a model of one class, made by `--model-kwargs`, and every run is a call of main.py in its own folder, DIR/ROW/seedN,
+with `--auto-resume`: the same command again leaves finished runs as they are and goes on with the one that was stopped.
+Flags are the table's, which for the paper's ablations are CIFAR-100, 300 epochs, a total batch of 512, 10 epochs of
+warm-up, learning rate 1e-3 and four seeds; further flags come after them and win.
 
-After each run DIR/table.md, table.csv and table.png are written. A run counts with its best top-1, as the paper's do;
-one that holds images out, as with folds, with its best checkpoint's on the test images. A row has the mean of its runs,
-over seeds and folds, their standard deviation (of a sample, n-1) and the best of them.
-
-tools/ablations.yaml has the tables; docs/tools.md says what is done where the paper leaves something open.
+After each run DIR/table.md, table.csv, table.png and curves.png are written. A run counts with its best top-1, as the
+paper's do; one that holds images out, as with folds, with its best checkpoint's on the test images. A row has the mean
+of its runs, over seeds and folds, their standard deviation (of a sample, n-1) and the best of them.
 """
 
 from __future__ import annotations
@@ -45,7 +44,8 @@ from config.errors import one_line_errors
 from config.flags import FROM_ONE, SEED, FlagParser
 from datasets import find_info
 from pipeline.workers import SIGNALS
-from reports.figures import draw_rows
+from reports.figures import draw_log, draw_rows
+from reports.page import choose_colors
 from reports.runs import LoggedRun, read_run
 from reports.seeds import COLUMNS, describe_training, figures_of, to_markdown
 from training import checkpoint as ckpt
@@ -98,9 +98,7 @@ TABLES = {
 
 
 def get_args_parser() -> FlagParser:
-    parser = FlagParser(
-        'ablate.py', description="Run a table of the paper's ablations. Further flags are main.py's, and win."
-    )
+    parser = FlagParser('ablate.py', description="Run a table of experiments. Further flags are main.py's, and win.")
     parser.add_argument('table', metavar='TABLE', choices=TABLES, help=', '.join(TABLES))
     parser.add_argument('--seeds', nargs='+', type=SEED, default=[0, 1, 2, 3], help='a run of each row for each')
     parser.add_argument('--folds', type=FROM_ONE, help="cross-validation: main.py's, a run of each seed for each fold")
@@ -166,11 +164,7 @@ def check_further(table: Table, further: Sequence[str], kwargs: Sequence[str]) -
 
 
 def find_run(folder: Path) -> LoggedRun:
-    """The run in a folder, without arguments if none was begun there.
-
-    Raises:
-        InputError: if its files are damaged.
-    """
+    """The run in a folder, without arguments if none was begun there; an InputError if its files are damaged."""
     return read_run(folder) if (folder / 'args.yaml').exists() else LoggedRun(folder, '', {}, {}, [], [])
 
 
@@ -200,7 +194,7 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
 
 
 def write_table(table: Table, output: Path) -> str:
-    """Writes table.md, table.csv and table.png from what is in the folders; returns the first one's text."""
+    """Writes the table and its pictures from what is in the folders; returns the text of table.md."""
     found = {row: find_finished(row_folder(output, table, row)) for row in table.rows}
     lines = [{'row': row.name, **row._asdict(), **figures_of(runs)} for row, runs in found.items()]
     finished = [run for runs in found.values() for _, run in runs.values()]
@@ -213,8 +207,12 @@ def write_table(table: Table, output: Path) -> str:
     bars = {row.name: [accuracy for accuracy, _ in runs.values()] for row, runs in found.items()}
     of_cifar = all(run.args.get('data_set') == 'CIFAR' for run in finished)  # CIFAR-100, as the paper's figures
     picture = draw_rows(heading, bars, [row.paper for row in table.rows] if of_cifar else [])
-    for ending, data in (('md', text.encode()), ('csv', file.getvalue().encode()), ('png', picture.data)):
-        ckpt.write_bytes(output / f'table.{ending}', data)
+    files = {'table.md': text.encode(), 'table.csv': file.getvalue().encode(), 'table.png': picture.data}
+    if finished:
+        choose_colors({row.name: [run for _, run in runs.values()] for row, runs in found.items() if runs})
+        files['curves.png'] = draw_log(finished)[0].data
+    for name, data in files.items():
+        ckpt.write_bytes(output / name, data)
     return text
 
 
