@@ -225,10 +225,8 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
     if problems:
         raise InputError(f'{path}: {len(problems)} problem{"s" * (len(problems) > 1)}: {shorten(problems)}')
     mib = sum(map(dataset.file_size, range(len(dataset)))) / 2**20
-    return (
-        f'{path}: {len(dataset):,} images in {len(dataset.classes)} classes, {mib:,.1f} MiB; '
-        'counts and checksums are right, and every image decodes'
-    )
+    found = f'{len(dataset):,} images in {len(dataset.classes)} classes, {mib:,.1f} MiB'
+    return f'{path}: {found}; counts and checksums are right, and every image decodes'
 
 
 def get_args_parser() -> FlagParser:
