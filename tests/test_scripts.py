@@ -273,6 +273,7 @@ def test_the_fast_recipe(tmp_path: Path) -> None:
         ('the recipe, 10 epochs', 'fast'),
         ('the recipe, 30 epochs', 'fast', '--epochs', '30'),
         ("the paper's recipe, 30 epochs", 'cifar10', '--epochs', '30'),
+        ("the paper's recipe, 10 epochs", 'cifar10', '--epochs', '10'),
     ):
         given = [*table.flags, *rows[name].flags.split(), '--batch-size', str(rows[name].batch), '--output-dir', 'x']
         searched = vars(parse_args(given))

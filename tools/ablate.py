@@ -86,9 +86,11 @@ class Table(NamedTuple):
 
 def read_table(title: str, flags: str, rows: Sequence[dict[str, Any]], fixed: str = '', **common: Any) -> Table:
     """A table of ablations.yaml. `common` is what the rows have that do not say otherwise."""
-    words = [*fixed.split(), *(word for row in rows for word in shlex.split(row.get('flags', '')))]
-    differ = {word.partition('=')[0] for word in words if word.startswith('--')}
-    return Table(title, shlex.split(flags), [Row(**{**common, **row}) for row in rows], differ)
+    texts = [row.get('flags', '') for row in rows]
+    joined = [text if isinstance(text, str) else ' '.join(text) for text in texts]
+    found = [Row(**{**common, **row, 'flags': text}) for row, text in zip(rows, joined, strict=True)]
+    words = [*fixed.split(), *(word for row in found for word in shlex.split(row.flags))]
+    return Table(title, shlex.split(flags), found, {word.partition('=')[0] for word in words if word.startswith('--')})
 
 
 TABLES = {
