@@ -70,11 +70,11 @@ def find_cost(run: LoggedRun, known: dict[str, tuple[int, int]]) -> tuple[int, i
     flags = [*stored_flags(run.args), '--mixup', '0', '--cutmix', '0']  # with which any batch size is right
     args = recall(flags, str(run.folder / 'args.yaml'))
     evit = [args.base_keep_rate, args.fuse_token, args.drop_loc]
-    key = json.dumps([args.model, args.model_kwargs, args.input_size, num_classes, evit], default=str)
+    key = json.dumps([args.model, args.model_kwargs, args.in_chans, args.input_size, num_classes, evit], default=str)
     if key not in known:
         model = build_model(args, num_classes)
         try:
-            macs = count_macs(model, (3, args.input_size, args.input_size))
+            macs = count_macs(model, (args.in_chans, args.input_size, args.input_size))
         except Exception as err:  # the tracer has not heard of every operator of timm's models
             raise InputError(f'the multiply-adds of {args.model} cannot be counted: {one_line(err)}') from None
         known[key] = sum(p.numel() for p in model.parameters()), macs

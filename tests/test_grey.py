@@ -45,6 +45,7 @@ def test_a_run_on_grey_images(flags: list[str], tmp_path: Path, capsys: pytest.C
     train = [*SMALL_MODEL, *PLAIN, *flags]
     main([*train, '--report', '--output_dir', str(out)])
     assert 'Report: ' in capsys.readouterr().out
+    assert 'cannot be counted' not in (out / 'report.html').read_text()
     first = next(value for name, value in ckpt.load(str(out))['model'].items() if name.endswith('.weight'))
     assert first.shape[1] == 1
     stats = main(['--eval', '--resume', str(out), *EVALUATION])

@@ -45,7 +45,7 @@ from pipeline.workers import no_children_left
 from training.devices import find_amp_dtype, find_device, keep_freed_memory, set_backends
 from training.distributed import Process
 from training.ema import MovingAverage
-from utils import InputError, UsageError, num_usable_cores
+from utils import InputError, UsageError, num_usable_cores, one_line
 
 DEFAULTS = ['--model', 'dhvt_tiny_cifar_patch4', '--input-size', '32', '--batch-size', '128', '--nb-classes', '100']
 Pass = Callable[[int], int]  # runs so many batches, or all there are; returns the number of images
@@ -91,7 +91,7 @@ def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> 
     if memory_format == torch.channels_last:
         put_channels_last(model)
     size = args.batch_size if what == 'step' else int(1.5 * args.batch_size)
-    images = torch.randn(size, 3, args.input_size, args.input_size, device=device)
+    images = torch.randn(size, args.in_chans, args.input_size, args.input_size, device=device)
     batch = images, torch.randint(args.nb_classes, (size,), device=device)
     if what == 'eval':
         folded = fold_batchnorm(model)
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with redirect_stdout(open(os.devnull, 'w')):
                 measure(args.what, variants, common, rounds=args.rounds, seconds=args.seconds)
         except RuntimeError as err:
-            raise InputError(str(err).splitlines()[0]) from None
+            raise InputError(one_line(err)) from None
         print(f'{args.what}, {args.rounds} rounds in turn; {describe_machine()}')
         print(f'Flags of all: {shlex.join(common) or "none"}\n\n{make_table(variants)}')
 
