@@ -91,10 +91,17 @@ class EpochLog:
             sums.skipped += 1
             sums.skipped_in_a_row += 1
             if not self.scaler.is_enabled() or sums.skipped_in_a_row > self.max_skipped:
-                step: dict[str, Any] = {'epoch': self.epoch, 'batch': batch, 'batches': self.progress.steps}
-                step |= {'batches_in_step': len(step_losses), 'losses': step_losses, 'gradient_norm': norm}
-                step |= {'learning_rate': sums.lr, 'loss_scale': self.scaler.get_scale()}
-                raise NonFiniteError(step, skipped_in_a_row=sums.skipped_in_a_row)
+                raise NonFiniteError(
+                    skipped_in_a_row=sums.skipped_in_a_row,
+                    epoch=self.epoch,
+                    batch=batch,
+                    batches=self.progress.steps,
+                    batches_in_step=len(step_losses),
+                    losses=step_losses,
+                    gradient_norm=norm,
+                    learning_rate=sums.lr,
+                    loss_scale=self.scaler.get_scale(),
+                )
         self.unread.clear()
 
     def show(self) -> None:

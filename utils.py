@@ -46,7 +46,7 @@ def one_line(error: BaseException) -> str:
 class NonFiniteError(InputError):
     """A loss or a gradient became infinite or NaN; `step` says where, for those that leave it out."""
 
-    def __init__(self, step: dict[str, Any], *, skipped_in_a_row: int) -> None:
+    def __init__(self, *, skipped_in_a_row: int, **step: Any) -> None:
         self.step = step
         bad = [value for value in step['losses'] if not math.isfinite(value)]
         what = f'the loss is {bad[0]}' if bad else f'the norm of the gradient is {step["gradient_norm"]}'

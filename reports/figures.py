@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -27,7 +27,7 @@ FIGURES = ('accuracy', 'loss', 'learning_rate', 'grad_norm', 'keep_rate', 'throu
 BLUE, ORANGE, GREY, RED, LIGHT = '#1f5fae', '#d9741a', '#6f7782', '#b8352c', '#b9bfc7'
 MOST_NAMES, MOST_COUNTS = 50, 20  # classes up to which figures have their names, and the confusion matrix numbers
 FROM_ZERO = ('learning_rate', 'keep_rate', 'throughput', 'time')  # figures whose axis begins there
-MOST_IN_LEGEND = 16
+MOST_IN_LEGEND, LEGEND_WIDTH = 16, 34  # names, and letters in a line of one
 FEW_EPOCHS = 25  # up to which each has a dot
 
 
@@ -153,8 +153,8 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, Line2D]]) -> str:
     beside = len(entries) > 4
     place: dict[str, Any] = {'loc': 'upper left', 'bbox_to_anchor': (1.01, 1)} if beside else {'loc': 'best'}
     shown, legend = drawable([name for name, _ in entries])
-    most = 34 * min(max(MOST_IN_LEGEND // max(len(entries), 1), 1), 3)
-    names = [fill(shorten_text(name, most), 34, initial_indent=' ') for name in shown]
+    lines = min(max(MOST_IN_LEGEND // len(entries), 1), 3)  # of a name
+    names = [fill(shorten_text(name, lines * LEGEND_WIDTH), LEGEND_WIDTH, initial_indent=' ') for name in shown]
     axes.legend([line for _, line in entries], names, fontsize=8, frameon=False, **place)
     return legend
 
@@ -230,12 +230,13 @@ def draw_times(run: LoggedRun) -> Picture:
     return _save(figure, 'time', 'Seconds by epoch', hover=hover)
 
 
-def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
-    """The figures of log.txt and timing.txt for which there is something to draw."""
+def draw_log(runs: Sequence[LoggedRun]) -> Iterator[Picture]:
+    """The figures of log.txt and timing.txt for which there is something to draw, each drawn when it is asked for."""
     alone = len(runs) == 1
     images = ' or '.join(dict.fromkeys(run.chosen_on for run in runs))
     test, average, train = (images, BLUE, '-'), ('moving average', ORANGE, '--'), ('train', GREY, ':')
-    only, share = ('train', BLUE, '-'), f'% of {images} images'
+    only = ('train', BLUE, '-')
+    share = f'% of {images} images'
     panels: list[tuple[str, str, str, dict[str, tuple[str, str, str]]]] = [
         ('accuracy', f'{images.capitalize()} accuracy', share, {'test_acc1': test, 'ema_test_acc1': average}),
         ('loss', 'Loss', 'cross-entropy', {'train_loss': train, 'test_loss': test, 'ema_test_loss': average}),
@@ -245,7 +246,6 @@ def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
         ('throughput', 'Training speed', 'images a second', {'images_per_second': only}),
         ('time', 'Waiting for data', '% of training time', {'waiting': only}),
     ]
-    pictures = []
     for name, title, unit, columns in panels:
         if alone and name == 'time':
             continue
@@ -256,10 +256,9 @@ def draw_log(runs: Sequence[LoggedRun]) -> list[Picture]:
                 if points[0]:
                     curves.append(Curve(run, kind, points, color if alone else run.color, '-' if alone else style))
         if curves:
-            pictures.append(draw_curves(name, title, unit, curves))
+            yield draw_curves(name, title, unit, curves)
     if alone and runs[0].timings:
-        pictures.append(draw_times(runs[0]))
-    return pictures
+        yield draw_times(runs[0])
 
 
 def draw_confusion(matrix: np.ndarray, labels: Sequence[str]) -> Picture:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
 from reports.figures import FIGURES, Picture, draw_log
 from reports.predictions import Predictions, describe_predictions, find_cost, predict
-from reports.runs import Best, LoggedRun, find_differences, group_by_settings, read_runs, show_value
+from reports.runs import Best, LoggedRun, choose_colors, find_differences, group_by_settings, read_runs, show_value
 from reports.seeds import seed_statistics
 from training import checkpoint as ckpt
 from utils import InputError, format_seconds, one_line, shorten
@@ -35,15 +32,6 @@ class Fact(NamedTuple):
 
 def _percent(label: str, result: Best | None, note: str = '') -> Fact:
     return Fact(label, '–') if result is None else Fact(label, f'{result.value:.2f}%', f'epoch {result.epoch}{note}')
-
-
-def choose_colors(groups: Mapping[str, Sequence[LoggedRun]]) -> None:
-    """Gives the runs of each group one colour, and its name as their label."""
-    few = len(groups) <= 10
-    palette = colormaps['tab10'](range(10)) if few else colormaps['turbo'](np.linspace(0.05, 0.95, len(groups)))
-    for (label, group), color in zip(groups.items(), palette, strict=False):
-        for run in group:
-            run.color, run.label = to_hex(color), label
 
 
 def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
@@ -166,7 +154,7 @@ def make(
     if predictions:
         found = predict(best, data_path=data_path, device=device, num_workers=num_workers, stop=stop)
     described = None if isinstance(found, str) else describe_predictions(found, mistakes)
-    pictures = draw_log(runs)
+    pictures = [*draw_log(runs)]
     page = TEMPLATES.get_template('page.html').render(
         title=runs[0].name if len(runs) == 1 else f'{len(runs)} runs: {shorten(run.name for run in runs)}',
         runs=runs,

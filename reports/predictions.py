@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -22,7 +21,7 @@ from config.data import load_splits, open_loaders
 from config.errors import explain
 from config.models import keeps_tokens_by_rate
 from config.pretrained import load_trained
-from config.recall import stored_flags
+from config.recall import MODEL_FLAGS, stored_flags
 from datasets import DATA_SETS, find_info
 from engine import forward
 from models.speed import count_macs
@@ -69,8 +68,7 @@ def find_cost(run: LoggedRun, known: dict[str, tuple[int, int]]) -> tuple[int, i
         return None
     flags = [*stored_flags(run.args), '--mixup', '0', '--cutmix', '0']  # with which any batch size is right
     args = recall(flags, str(run.folder / 'args.yaml'))
-    evit = [args.base_keep_rate, args.fuse_token, args.drop_loc]
-    key = json.dumps([args.model, args.model_kwargs, args.in_chans, args.input_size, num_classes, evit], default=str)
+    key = str([*stored_flags(run.args, (*MODEL_FLAGS, 'input_size')), num_classes])
     if key not in known:
         model = build_model(args, num_classes)
         try:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
 from config.flags import read_mapping
 from training import checkpoint as ckpt
@@ -331,3 +335,12 @@ def group_by_settings(runs: Sequence[LoggedRun]) -> dict[str, list[LoggedRun]]:
     labels = [label if label and labels.count(label) == 1 else first.name
               for label, first in zip(labels, firsts, strict=True)]  # fmt: skip
     return dict(zip(labels, groups.values(), strict=True))
+
+
+def choose_colors(groups: Mapping[str, Sequence[LoggedRun]]) -> None:
+    """Gives the runs of each group one colour, and its name as their label."""
+    few = len(groups) <= 10
+    palette = colormaps['tab10'](range(10)) if few else colormaps['turbo'](np.linspace(0.05, 0.95, len(groups)))
+    for (label, group), color in zip(groups.items(), palette, strict=False):
+        for run in group:
+            run.color, run.label = to_hex(color), label

@@ -45,8 +45,7 @@ from config.flags import FROM_ONE, SEED, FlagParser
 from datasets import find_info
 from pipeline.workers import SIGNALS
 from reports.figures import draw_log, draw_rows
-from reports.page import choose_colors
-from reports.runs import LoggedRun, read_run
+from reports.runs import LoggedRun, choose_colors, read_run
 from reports.seeds import COLUMNS, describe_training, figures_of, to_markdown
 from training import checkpoint as ckpt
 from training.signals import Interrupted, Interrupts
@@ -212,7 +211,7 @@ def write_table(table: Table, output: Path) -> str:
     files = {'table.md': text.encode(), 'table.csv': file.getvalue().encode(), 'table.png': picture.data}
     if finished:
         choose_colors({row.name: [run for _, run in runs.values()] for row, runs in found.items() if runs})
-        files['curves.png'] = draw_log(finished)[0].data
+        files['curves.png'] = next(draw_log(finished)).data  # the accuracy
     for name, data in files.items():
         ckpt.write_bytes(output / name, data)
     return text

@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.arguments import parse_args
-from config.builders import build_model, build_optimizer, prepare_training
+from config.builders import build_average, build_model, build_optimizer, prepare_training
 from config.data import build_mixup, load_splits, open_loaders
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, POSITIVE, FlagParser
@@ -44,7 +44,6 @@ from models.folding import fold_batchnorm
 from pipeline.workers import no_children_left
 from training.devices import find_amp_dtype, find_device, keep_freed_memory, set_backends
 from training.distributed import Process
-from training.ema import MovingAverage
 from utils import InputError, UsageError, num_usable_cores, one_line
 
 DEFAULTS = ['--model', 'dhvt_tiny_cifar_patch4', '--input-size', '32', '--batch-size', '128', '--nb-classes', '100']
@@ -111,7 +110,7 @@ def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> 
     trained = prepare_training(args, model, Process(), device)
     optimizer = build_optimizer(args, model, args.lr * size / 512, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    average = MovingAverage(model, decay=args.model_ema_decay) if args.model_ema else None
+    average = build_average(args, model)
 
     def train(number: int) -> int:
         batches = [batch] * (number * args.accum_steps)
