@@ -119,8 +119,8 @@ class EpochLog:
         """What `train_one_epoch` returns, without the keep rate."""
         sums = self.sums
         if not sums.losses:
-            what = f'the loss scaler left out all {sums.skipped} steps of epoch {self.epoch}'
-            raise InputError(f'{what}: try --amp bf16 or off')
+            what = f'no step of epoch {self.epoch} gave finite numbers'
+            raise InputError(f'{what}: try --amp bf16 or off, or a lower --lr')
         means = {'loss': sums.loss_sum / sums.losses, 'lr': sums.lr, 'grad_norm': sums.norm_sum / sums.norms}
         return {**means, 'skipped_steps': sums.skipped} if self.scaler.is_enabled() else means
 

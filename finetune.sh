@@ -26,15 +26,6 @@ if [ $# -lt 2 ]; then
 fi
 checkpoint=$1 recipe=$2
 shift 2
-case $checkpoint in
-    *://*) ;;
-    *)
-        if [ ! -e "$checkpoint" ]; then
-            echo "error: $checkpoint: no such checkpoint file" >&2
-            exit 1
-        fi
-        ;;
-esac
 data_flags "$recipe"
 
 model='' # the checkpoint's

@@ -69,8 +69,17 @@ def _read_files(dataset: ImageDataset, max_size: int | None, numbers: Sequence[i
             file = dataset.raw(number)
             files.append(file if max_size is None else shrink(file, max_size))
         except (OSError, ValueError, MemoryError) as err:
-            raise InputError(f'{dataset.path(number)}: {explain_error(err)}') from None
+            what = f'{dataset.path(number)}: {explain_error(err)}'
+            raise InputError(f'{what}; without --max-size it is kept' if max_size else what) from None
     return files, [zlib.crc32(file) for file in files]
+
+
+class AnyValues(Reading):
+    """Refuses no range of values, which are main.py's to convert."""
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        image.load()
+        return image
 
 
 def _find_problems(dataset: ImageDataset, numbers: Sequence[int]) -> tuple[int, list[str]]:
@@ -154,16 +163,9 @@ def write_lmdb(
                 bar.update(len(files))
                 stop_if_asked()
             index = _make_index(dataset, sizes, checksums)
-            header = {
-                'format': FORMAT,
-                'version': VERSION,
-                'images': len(dataset),
-                'index_crc32': zlib.crc32(index),
-                'data_set': data_set,
-                'inat_category': inat_category,
-                'max_size': max_size,
-            }
-            _put(env, [(HEADER, json.dumps(header).encode()), (INDEX, index)])
+            header = {'format': FORMAT, 'version': VERSION, 'images': len(dataset), 'index_crc32': zlib.crc32(index)}
+            settings = {'data_set': data_set, 'inat_category': inat_category, 'max_size': max_size}
+            _put(env, [(HEADER, json.dumps(header | settings).encode()), (INDEX, index)])
             env.sync(True)
         stop_if_asked()
 
@@ -213,7 +215,7 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
         InputError: saying what is wrong.
     """
     dataset = ImageFolderLMDB(path, verify=True)
-    dataset.reading = Reading(value_range=(0, 65535))  # which refuses no range of values
+    dataset.reading = AnyValues()
     problems: list[str] = []
     records = dataset.num_records()
     if len(dataset) != records:

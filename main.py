@@ -36,7 +36,7 @@ from pipeline.images import ImageDataset
 from pipeline.workers import no_children_left
 from training import checkpoint as ckpt
 from training.devices import amp_name, find_amp_dtype, find_device, keep_freed_memory, set_backends
-from training.distributed import Process, find_process, in_turn, init_distributed, report_failure
+from training.distributed import Process, find_process, init_distributed, report_failure
 from training.output import OutputFolder
 from training.run import Run, RunSettings, Test, report_accuracy
 from training.signals import Interrupted, Interrupts
@@ -77,7 +77,7 @@ def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.devic
     log(f'{rate:.1f} images/s in evaluation, batch {args.batch_size}, {args.input_size} px, {amp_name(amp)}, {device}')
 
 
-def find_start(args: argparse.Namespace, process: Process, output: OutputFolder) -> tuple[str, dict[str, Any], bool]:
+def find_start(args: argparse.Namespace, output: OutputFolder) -> tuple[str, dict[str, Any], bool]:
     """The checkpoint to start from, if any: its name and content, and whether a run goes on from it.
 
     The output folder's is read by the main process for all, which need not have the same disk.
@@ -93,8 +93,7 @@ def find_start(args: argparse.Namespace, process: Process, output: OutputFolder)
     source = args.resume or args.finetune
     if not source:
         return '', {}, False
-    with in_turn(process):  # a URL is downloaded once
-        return source, ckpt.load(source, newest=bool(args.resume) and not args.eval), bool(args.resume)
+    return source, ckpt.load(source, newest=bool(args.resume) and not args.eval), bool(args.resume)
 
 
 def load_weights(
@@ -149,7 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {}
 
     output = OutputFolder('' if args.eval else args.output_dir, export=args.export_safetensors)
-    source, checkpoint, resumes = find_start(args, process, output)
+    source, checkpoint, resumes = find_start(args, output)
     head_stays = resumes or args.eval
     splits = load_splits(args, process, class_names(checkpoint, source) if head_stays else None)
     train_loader, val_loader, augmented = open_loaders(args, splits, process, device)

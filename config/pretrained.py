@@ -148,9 +148,10 @@ def read_settings(
     except (TypeError, ValueError):
         raise InputError(f'{source} has model arguments that are not of this program') from None
     kwargs |= further or {}
-    if kwargs.pop('in_chans', 3) != 3:
-        raise InputError(f'{source} is of a model for images of other than three channels, which cannot be read here')
     reading = find_reading(stored)
+    channels = kwargs.pop('in_chans', reading.channels)
+    if channels != reading.channels:
+        raise InputError(f'{source} is of a model for images of {reading.channels} channels, not of {channels}')
     if reading.channels != 3:
         kwargs['in_chans'] = reading.channels
     if timm.is_model(name):

@@ -22,7 +22,7 @@ class FileDataset(ImageDataset):
     def __init__(self, split: Split, classes: Sequence[str], *, on_bad_image: str = 'stop') -> None:
         self.root = str(split.root)
         self._paths = pack_names(split.paths)
-        super().__init__(np.array(split.targets, dtype=np.int64), classes, on_bad_image=on_bad_image)
+        super().__init__(split.targets, classes, on_bad_image=on_bad_image)
 
     def _name(self, position: int) -> str:
         return os.fsdecode(self._paths[position])
@@ -49,13 +49,13 @@ class ArrayDataset(ImageDataset):
         self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], transform: Transform | None = None
     ) -> None:
         self.images = images
-        super().__init__(np.array(targets, dtype=np.int64), classes, transform)
+        super().__init__(targets, classes, transform)
 
     def _content(self) -> bytes:
         return np.ascontiguousarray(self.images).tobytes()
 
     def _name(self, position: int) -> str:
-        return f'{self.classes[self._labels()[position]]}/{position:06d}.png'
+        return f'{self.classes[self._labels[position]]}/{position:06d}.png'
 
     def _image(self, position: int) -> Image.Image:
         return Image.fromarray(self.images[position]).convert(self.reading.mode)
@@ -79,7 +79,7 @@ class ItemDataset(ImageDataset):
         super().__init__(labels, classes, on_bad_image=on_bad_image)
 
     def _name(self, position: int) -> str:
-        return f'{self.classes[self._labels()[position]]}/{position:06d}.png'
+        return f'{self.classes[self._labels[position]]}/{position:06d}.png'
 
     def _raw(self, position: int) -> bytes:
         file = io.BytesIO()

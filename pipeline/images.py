@@ -168,7 +168,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     applies the transform and treats bad images.
 
     Args:
-        labels: the class index at each position, (n,); None if the subclass has them elsewhere (`_labels`).
+        labels: the class index at each position, (n,).
         classes: class names in the order of their indices.
         transform: from an image to what the loader collates.
         on_bad_image: 'stop'; 'next', which gives the next good image in a bad one's place; or 'leave out', which gives
@@ -180,25 +180,20 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def __init__(
         self,
-        labels: np.ndarray | None,
+        labels: np.ndarray | Sequence[int],
         classes: Sequence[str],
         transform: Transform | None = None,
         *,
         on_bad_image: str = 'stop',
     ) -> None:
-        self._label_array = labels
+        self._labels = np.array(labels, dtype=np.int64)
         self.classes = list(classes)
         self.transform = transform
         self.on_bad_image = on_bad_image
-        self._numbers = np.arange(len(classes), dtype=np.int64)  # the class index of each label
-        self._positions: range | np.ndarray = range(len(self._labels()))  # of the images that are selected
+        self._positions: range | np.ndarray = range(len(self._labels))  # of the images that are selected
         # One byte an image, shared by the loader processes: 1 for bad ones.
         self._bad = torch.zeros(len(self) if on_bad_image != 'stop' else 0, dtype=torch.uint8).share_memory_()
         self._logged = self._bad.clone()
-
-    def _labels(self) -> np.ndarray:
-        assert self._label_array is not None
-        return self._label_array
 
     @abstractmethod
     def _raw(self, position: int) -> bytes | memoryview:
@@ -231,7 +226,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     @property
     def targets(self) -> np.ndarray:
         """The class index of each image, int64 (n,)."""
-        return self._numbers[self._labels()[np.asarray(self._positions, dtype=np.int64)]]
+        return self._labels[np.asarray(self._positions, dtype=np.int64)]
 
     @property
     def samples(self) -> list[tuple[str, int]]:
@@ -240,12 +235,12 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def target(self, index: int) -> int:
         """The image's class index."""
-        return int(self._numbers[self._labels()[self._position(index)]])
+        return int(self._labels[self._position(index)])
 
     def relabel(self, classes: Sequence[str]) -> None:
         """Takes other class indices: those of a list that names all of this data set's classes, and perhaps more."""
         number = {name: number for number, name in enumerate(classes)}
-        self._numbers = np.array([number[name] for name in self.classes], dtype=np.int64)[self._numbers]
+        self._labels = np.array([number[name] for name in self.classes], dtype=np.int64)[self._labels]
         self.classes = list(classes)
 
     def name(self, index: int) -> str:

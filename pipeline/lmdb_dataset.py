@@ -182,7 +182,7 @@ class ImageFolderLMDB(ImageDataset):
     """The images of a file that folder2lmdb.py wrote, with the order and the labels that they had when it did.
 
     It can be used in any number of processes, however they are started, and beside others on the same file. A loader
-    process holds nothing of it but the pages that it reads.
+    process holds nothing of it but the labels and the pages that it reads.
 
     Args:
         transform, on_bad_image: see `ImageDataset`.
@@ -205,7 +205,7 @@ class ImageFolderLMDB(ImageDataset):
         self.data_set: str = store.header['data_set']
         self.inat_category: str | None = store.header['inat_category']
         self.max_size: int | None = store.header['max_size']
-        super().__init__(None, store.classes, transform, on_bad_image=on_bad_image)
+        super().__init__(store.labels, store.classes, transform, on_bad_image=on_bad_image)
 
     def _open(self) -> _Store:
         """This process's store of the file, of which LMDB allows one."""
@@ -227,9 +227,6 @@ class ImageFolderLMDB(ImageDataset):
 
     def _content(self) -> bytes:
         return b'' if self.max_size is None else f'{self.max_size} px'.encode()
-
-    def _labels(self) -> np.ndarray:
-        return self._open().labels
 
     def _name(self, position: int) -> str:
         return os.fsdecode(self._open().paths[position].as_py())

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Listener
@@ -94,12 +93,12 @@ def ignore_signals(worker: int) -> None:
 
 
 def end_with_parent(worker: int) -> None:
-    """For loader processes: ends this process soon after its parent, which a kill gave no time to tell it so."""
-    parent = os.getppid()
+    """For loader processes: ends this process after its parent, which a kill gave no time to tell it so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        parent.join()
         os._exit(1)  # the loader's own watch hangs where a batch waits in the pipe
 
     threading.Thread(target=watch, daemon=True).start()

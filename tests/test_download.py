@@ -6,6 +6,7 @@ import io
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_answers(kind: str, server: tuple[str, list[bytes | None]], tmp_path: Pa
     with pytest.raises(InputError, match='cannot download http') as caught:
         ckpt.load(url)
     assert url in str(caught.value) and str(cached) in str(caught.value) and '\n' not in str(caught.value)
-    assert list(cached.iterdir()) == []
+    assert list(cached.glob('*.pth')) == []
     assert ckpt.load(url)['epoch'] == 4
 
 
@@ -82,11 +83,29 @@ def test_a_damaged_file_in_the_cache_is_fetched_anew(server: tuple[str, list[byt
     url, answers = server
     answers += [ANSWERS['good']] * 3
     ckpt.load(url)
-    (path,) = (tmp_path / 'hub' / 'checkpoints').iterdir()
+    (path,) = (tmp_path / 'hub' / 'checkpoints').glob('*.pth')
     for damaged in (b'', GOOD[:300]):
         path.write_bytes(damaged)
         assert ckpt.load(url)['epoch'] == 4
     assert not answers
+
+
+def test_processes_that_start_together_fetch_once(server: tuple[str, list[bytes | None]]) -> None:
+    url, answers = server
+    answers += [ANSWERS['good']]
+    with ThreadPoolExecutor(4) as pool:
+        assert [loaded['epoch'] for loaded in pool.map(ckpt.load, [url] * 4)] == [4] * 4
+    assert not answers
+
+
+def test_a_file_of_safetensors_is_known_by_its_content(server: tuple[str, list[bytes | None]], tmp_path: Path) -> None:
+    data = ckpt.to_safetensors({'a': torch.arange(3.0)}, {'epoch': 4})
+    url, answers = server
+    answers += [HEAD + b'Content-Length: %d\r\n\r\n' % len(data) + data]
+    (tmp_path / 'MODEL.SafeTensors').write_bytes(data)
+    for source in (f'{url.rpartition("/")[0]}/model.safetensors?download=true', str(tmp_path / 'MODEL.SafeTensors')):
+        loaded = ckpt.load(source)
+        assert loaded['epoch'] == 4 and loaded['model']['a'].tolist() == [0, 1, 2]
 
 
 ADDRESSES = ('127.0.0.1:port/a', '127.0.0.1:99999/a', '/a', '127.0.0.1:1/a', '[::1/a', 'x.invalid/a')

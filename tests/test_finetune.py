@@ -186,7 +186,7 @@ def test_arguments_as_other_programs_write_them() -> None:
     [
         ({'input_size': 100_000}, 'says that its images have 100000 pixels'),
         ({'model_kwargs': [('depth', 10**7)]}, 'depth is refused, 10000000 is too large'),
-        ({'model_kwargs': [('in_chans', 1)]}, 'in_chans is refused|other than three channels'),
+        ({'model_kwargs': [('in_chans', 1)]}, 'in_chans is refused|images of 3 channels, not of 1'),
         ({'classes': [str(number) for number in range(20)]}, 'names 20 classes, and its head has 10 rows'),
     ],
 )

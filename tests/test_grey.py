@@ -25,6 +25,7 @@ from tools.predict import main as predict
 from tools.visualize import main as visualize
 from training import checkpoint as ckpt
 from training.weights import load_fitting
+from utils import InputError
 
 MakeFolder = Callable[..., Path]
 EVALUATION = ['--device', 'cpu', '--amp', 'off', '--num_workers', '0']
@@ -59,6 +60,9 @@ def test_a_run_on_grey_images(flags: list[str], tmp_path: Path, capsys: pytest.C
     main([*train, '--use-lmdb', '--data-path', str(tmp_path / 'lmdb'), '--output_dir', str(tmp_path / 'records')])
     assert log_of(tmp_path / 'records') == log_of(out)
 
+    assert load_trained(str(out), further={'in_chans': 1})[1].shape == (1, 16, 16)
+    with pytest.raises(InputError, match='is of a model for images of 1 channels, not of 3'):
+        load_trained(str(out), further={'in_chans': 3})
     exported = tmp_path / 'a.safetensors'
     export([str(out), '--format', 'safetensors', '--out', str(exported)])
     export([str(out), '--format', 'timm', '--out', str(tmp_path / 'timm')])

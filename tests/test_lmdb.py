@@ -34,6 +34,7 @@ from pipeline.lmdb_dataset import FORMAT, VERSION, ImageFolderLMDB, _stores
 from pipeline.transforms import build_transform
 from tests.conftest import PLAIN, SMALL_MODEL, make_lists
 from tests.processes import fork, run, wait
+from tests.test_images import deep_png
 from tests.test_layouts import PAINTING, make_inaturalist
 from utils import InputError
 
@@ -587,6 +588,18 @@ def test_killed_builds_leave_nothing_that_opens(tmp_path: Path) -> None:
         assert errors.read().splitlines()[-1] == 'folder2lmdb.py: error: interrupted'
     assert wait([process]) == [130] and not list(tmp_path.glob('.*'))
     assert len(ImageFolderLMDB(tmp_path / 'train.lmdb')) == 20000
+
+
+def test_every_kind_of_number_is_stored_and_checked(make_folder: MakeFolder, capsys: pytest.CaptureFixture) -> None:
+    """What the values of 12 and 32 bits mean is for main.py to say; their files are whole."""
+    root = make_folder({'train': ['a'], 'val': ['a']}, size=16)
+    ramp = np.linspace(0, 4095, 256)
+    (root / 'train' / 'a' / 'colours.png').write_bytes(deep_png(ramp.reshape(16, 16)[..., None].repeat(3, 2)))
+    Image.fromarray(ramp.astype(np.float32).reshape(16, 16)).save(root / 'train' / 'a' / 'numbers.tif')
+    build(root)
+    assert '10 images' in (found := check_lmdb(root / 'train.lmdb', workers=0)) and 'every image decodes' in found
+    line = build_fails(capsys, ['--dir', str(root), '--overwrite', '--max-size', '8'])
+    assert 'all below 4096' in line and line.endswith('without --max-size it is kept')
 
 
 def test_two_builds_at_once(folder: Path, capsys: pytest.CaptureFixture) -> None:

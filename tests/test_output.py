@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from main import main
 from tests.conftest import PLAIN, SMALL_MODEL
 from training import checkpoint as ckpt
-from training.output import OutputFolder
+from training.output import BackgroundWriter, OutputFolder
 from utils import InputError
 
 RUN = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--batch-size', '256', '--epochs', '1', '--train-fraction', '0.2']
@@ -61,3 +63,23 @@ def test_an_export_without_the_best(tmp_path: Path, capsys: pytest.CaptureFixtur
     main([*RUN, '--output_dir', str(out), '--auto-resume', '--export-safetensors', str(file)])
     assert 'best_checkpoint.pth is gone' in capsys.readouterr().out
     assert ckpt.load(str(file))['model'].keys() == ckpt.load(str(out))['model'].keys()
+
+
+def test_what_waits_keeps_its_place_among_newer_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that could not be written comes after the best one that the next save makes, as ever."""
+    written: list[str] = []
+    full = [True]
+
+    def write(path: Path, data: bytes, **_: Any) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        written.append(f'{path.name} {data.decode()}')
+
+    monkeypatch.setattr(ckpt, 'write_bytes', write)
+    writer = BackgroundWriter({})
+    writer.put(lambda: {tmp_path / 'checkpoint.pth': b'1', tmp_path / 'log.txt': b'1'})
+    writer.wait()
+    full[0] = False
+    writer.put(lambda: {tmp_path / 'best.pth': b'2', tmp_path / 'checkpoint.pth': b'2'})
+    writer.close()
+    assert written == ['log.txt 1', 'best.pth 2', 'checkpoint.pth 2']

@@ -106,7 +106,7 @@ def test_published_finetuning(tmp_path: Path) -> None:
     expected |= {'warmup_epochs': 2, 'repeated_aug': False, 'finetune': str(tmp_path / 'a.pth'), 'train_mode': True}
     expected |= {'model': 'dhvt_tiny_imagenet_patch16', 'data_set': 'CIFAR'}
     assert {name: flags[name] for name in expected} == expected
-    assert 'no such checkpoint' in script('finetune.sh', str(tmp_path / 'b.pth'), 'cifar100', expect=1)
+    assert 'no such checkpoint' in script('finetune.sh', str(tmp_path / 'b.pth'), 'cifar100', DRY_RUN='', expect=1)
     assert 'usage' in script('finetune.sh', expect=2)
 
 

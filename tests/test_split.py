@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import folder2lmdb
 from datasets import DataSource, HoldOut, Splits, build_datasets
 from main import main
+from pipeline.file_dataset import ArrayDataset, ItemDataset
 from tests.conftest import PLAIN, SMALL_MODEL
 from tests.test_distributed import trained_by
 from training import checkpoint as ckpt
@@ -81,6 +83,17 @@ def test_files_and_lmdb_hold_out_the_same(make_folder: Callable[..., Path], tmp_
     for splits in found:
         assert splits.test is not None and splits.val.targets.tolist() == [1, 1, 0, 0]  # as the checkpoint has them
         assert [splits.val[i][1] for i in range(4)] == [1, 1, 0, 0] and splits.test.classes == ['b', 'a']
+
+
+@pytest.mark.parametrize('as_items', [False, True])
+def test_images_keep_their_names_whatever_the_order_of_the_head(as_items: bool) -> None:
+    pixels, labels = np.zeros((2, 4, 4, 3), np.uint8), np.array([1, 0])
+    items = [(Image.fromarray(image), label) for image, label in zip(pixels, labels, strict=True)]
+    dataset = ItemDataset(items, labels, ['a', 'b']) if as_items else ArrayDataset(pixels, labels, ['a', 'b'])
+    before = [dataset.name(0), dataset.name(1)]
+    dataset.relabel(['c', 'b', 'a'])
+    assert [dataset.name(0), dataset.name(1)] == before == ['b/000000.png', 'a/000001.png']
+    assert dataset.targets.tolist() == [1, 2]
 
 
 def test_bad_images_are_each_parts_own(make_folder: Callable[..., Path]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +22,7 @@ from torch.utils.data import get_worker_info
 from datasets import DataSource, build_datasets
 from pipeline.loaders import LoaderOptions, build_loaders
 from pipeline.transforms import Augmentation
-from pipeline.workers import no_children_left
+from pipeline.workers import end_with_parent, no_children_left
 from samplers import EvalSampler, TrainBatches
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 
@@ -55,6 +58,30 @@ def put_together(collate: Callable[[Any], list[Tensor]], made: Tensor, samples: 
     assert batch[0].is_shared(), 'the batch is copied again to be handed over'
     made[get_worker_info().id] += 1
     return batch
+
+
+def end_with_parent_late(gone: Any) -> None:
+    gone.wait()
+    end_with_parent(0)
+    time.sleep(60)
+
+
+def kill_parent(gone: Any) -> None:
+    multiprocessing.get_context('fork').Process(target=end_with_parent_late, args=(gone,)).start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_ends_whose_parent_was_killed_before_it_could_look() -> None:
+    context = multiprocessing.get_context('fork')
+    held, inherited = os.pipe()  # open as long as a process has the other end
+    gone = context.Event()
+    parent = context.Process(target=kill_parent, args=(gone,))
+    parent.start()
+    os.close(inherited)
+    parent.join()
+    gone.set()
+    assert select.select([held], [], [], 20)[0] and os.read(held, 1) == b''
+    os.close(held)
 
 
 def test_eight_processes_keep_ahead_of_a_slow_step(make_folder: Callable[..., Path]) -> None:

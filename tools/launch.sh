@@ -145,7 +145,7 @@ launch() {
     fi
     echo "+$line"
     if [ "$nproc" -gt 1 ] && [ -z "$OMP_NUM_THREADS" ]; then
-        OMP_NUM_THREADS=$("$python" -c "import os; print(max(os.cpu_count() // $nproc, 1))")
+        OMP_NUM_THREADS=$(PYTHONPATH=$root "$python" -c "import utils; print(max(utils.num_usable_cores() // $nproc, 1))")
         export OMP_NUM_THREADS
     fi
     exec "${command[@]}"

@@ -22,6 +22,7 @@ from urllib.request import url2pathname
 
 import safetensors.torch
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -133,15 +134,20 @@ def _is_whole(data: bytes) -> bool:
     return data[-22:-18] == NO_COMMENT[:4] and data[-2:] == NO_COMMENT[-2:]
 
 
+def _is_safetensors(data: bytes) -> bool:
+    """Whether a file begins as those of safetensors do, whatever its name: with a length in 8 bytes, then JSON."""
+    return data[8:9] == b'{'
+
+
 def _check_ends(path: Path, source: str) -> None:
     """Refuses what by its first and last bytes, before its memory is taken, can be no checkpoint."""
     with path.open('rb') as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
+        start = file.read(9)
         file.seek(max(size - COMMENT_LENGTH - len(NO_COMMENT), 0))
         end = file.read()
-    if source.endswith('.safetensors'):
-        plausible = 8 < int.from_bytes(start, 'little') + 8 <= size
+    if _is_safetensors(start):
+        plausible = 8 < int.from_bytes(start[:8], 'little') + 8 <= size
     elif start[:2] == b'PK':
         plausible = NO_COMMENT[:4] in end
     else:
@@ -150,19 +156,23 @@ def _check_ends(path: Path, source: str) -> None:
         raise InputError(f'{source} is damaged, or no checkpoint of PyTorch')
 
 
-def _download(url: str, name: str) -> bytes:
-    """The bytes of a URL's file, from torch.hub's cache if it is whole there; else it is fetched, and kept if it is."""
+def _download(url: str) -> bytes:
+    """The bytes of a URL's file, from torch.hub's cache if it is whole there; else it is fetched, and kept if it is.
+
+    One process of a machine at a time; the others find what the first has fetched.
+    """
     path = cache_path(url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            with suppress(InputError):
-                data = path.read_bytes()
-                from_bytes(data, name)
-                return data
-        data = fetch(url)
-        from_bytes(data, name)
-        write_bytes(path, data)
+        with FileLock(f'{path}.lock'):
+            if path.is_file():
+                with suppress(InputError):
+                    data = path.read_bytes()
+                    from_bytes(data, path.name)
+                    return data
+            data = fetch(url)
+            from_bytes(data, Path(urlsplit(url).path).name)
+            write_bytes(path, data)
     except (OSError, HTTPException, ValueError, InputError) as err:
         raise InputError(f'cannot download {url} to {path}: {one_line(err)}') from None
     return data
@@ -182,12 +192,12 @@ def read(source: str) -> bytes:
     except ValueError as err:
         raise InputError(f'{source}: {one_line(err)}') from None
     if url.scheme in ('http', 'https'):
-        return _download(source, Path(url.path).name)
+        return _download(source)
     path = Path(url2pathname(url.path) if url.scheme == 'file' else source)
     if not path.is_file():
         raise InputError(f'{source}: no such checkpoint file')
     try:
-        _check_ends(path, url.path if url.scheme else source)
+        _check_ends(path, source)
         return path.read_bytes()
     except PermissionError:
         raise InputError(f'{source}: no permission to read it') from None
@@ -255,13 +265,13 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
     Only tensors and plain Python values are accepted, and the `argparse.Namespace` that the published code stores.
 
     Args:
-        data: of a file of `torch.save`, or of safetensors if `source` ends so.
+        data: of a file of `torch.save`, or of safetensors.
         source: the file's name, for messages.
 
     Raises:
         InputError: if it is no checkpoint, is damaged, or holds anything else.
     """
-    if source.endswith('.safetensors'):
+    if _is_safetensors(data):
         return checked(_from_safetensors(data, source), source)
     if not _is_whole(data):
         raise InputError(f'{source} is damaged: it was cut off or altered after it was written')

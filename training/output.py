@@ -88,12 +88,14 @@ class BackgroundWriter:
 
     def _write(self, make: Callable[[], Mapping[Path, bytes]]) -> None:
         try:
-            self._pending.update(make())
+            made = make()
         except Exception as err:
             self._failure, self._unmade = f'a checkpoint could not be made: {one_line(err)}', make
             log(f'Warning: {self._failure}; the run goes on, and tries again at the next save')
             return
         self._failure, self._unmade = '', None
+        # In the order in which they were made, also where an older one waits.
+        self._pending = {path: data for path, data in self._pending.items() if path not in made} | {**made}
         for path, data in list(self._pending.items()):
             try:
                 self._check()
