@@ -27,7 +27,7 @@ from config.builders import (
 )
 from config.data import build_mixup, load_splits, open_loaders
 from config.errors import explain, one_line_errors
-from config.models import check_output, put_channels_last
+from config.models import check_output, put_channels_last, stored_keep_rate
 from datasets import find_info
 from engine import TrainSettings, evaluate
 from models.folding import fold_batchnorm
@@ -112,7 +112,8 @@ def evaluate_only(
     args: argparse.Namespace, model: nn.Module, test: Test, classes: list[str], checkpoint: dict[str, Any]
 ) -> dict[str, Any]:
     """Prints a model's accuracy, and writes its weights to `--export-safetensors`."""
-    stats = test(model, 'Test')
+    recalled = args.base_keep_rate == stored_args(checkpoint).get('base_keep_rate')
+    stats = test(model, 'Test', stored_keep_rate(args.model, checkpoint) if recalled else None)
     report_accuracy(stats)
     if args.export_safetensors and is_main_process():
         described = ckpt.description({**checkpoint, 'args': vars(args), 'classes': classes})

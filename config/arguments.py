@@ -87,7 +87,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--in-chans', default=3, type=int, choices=(1, 3), help='3 for RGB images, 1 for grey ones, to '
                        'which those in colour are converted')  # fmt: skip
     group.add_argument('--nb-classes', type=FROM_ONE, help="size of the head; the data set's by default")
-    group.add_argument('--drop', default=0.0, type=PROBABILITY, help="dropout after attention's projection")
+    group.add_argument('--drop', default=0.0, type=PROBABILITY, help="dropout after attention's projection; of timm's "
+                       'ViTs, before the head')  # fmt: skip
     group.add_argument('--drop-path', default=0.1, type=PROBABILITY, help='drop path rate of the last block')
     group.add_argument('--train-mode', action=switch, help='train with the model in training mode; --no-train-mode '
                        'keeps BatchNorm frozen and drop path off, and is the default with --finetune')  # fmt: skip
@@ -229,7 +230,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--dist-eval', action=switch, default=False, help='share evaluation out over the processes')
     group.add_argument('--test_speed', action='store_true', help='print images per second and multiply-adds first')
     group.add_argument('--only_test_speed', action='store_true', help='print them and leave')
-    group.add_argument('--seed', default=0, type=SEED, help='of every random draw')
+    group.add_argument('--seed', default=0, type=SEED, help='of every random draw but the order of the images, which '
+                       'follows from the epoch, as published')  # fmt: skip
     group.add_argument('--deterministic', action='store_true', help='only operations that give the same bits each '
                        'time, which GPUs need a flag for')  # fmt: skip
     group.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
+from timm.data import Mixup
 
 from config.arguments import mixes_images
 from config.flags import usable_workers
 from config.pretrained import find_reading
 from datasets import DataSource, HoldOut, Splits, build_datasets
-from pipeline.augment import BatchedMixup
 from pipeline.loaders import LoaderOptions, TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import EvalSampler, TrainBatches
@@ -141,11 +141,11 @@ def open_loaders(
     )
 
 
-def build_mixup(args: argparse.Namespace, num_classes: int) -> BatchedMixup | None:
-    """Mixup and cutmix, None if neither is wanted."""
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, None if neither is wanted."""
     if not mixes_images(args):
         return None
-    return BatchedMixup(
+    return Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,

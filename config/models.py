@@ -92,6 +92,12 @@ def keeps_tokens_by_rate(name: str) -> bool:
     return timm.is_model(name) and timm.models.model_entrypoint(name).__module__ == evit.__name__
 
 
+def stored_keep_rate(name: str, checkpoint: Mapping[str, Any]) -> float | None:
+    """Of an EViT, the keep rate of the epoch that wrote a checkpoint, which may be above the base rate."""
+    rate = checkpoint.get('keep_rate') if keeps_tokens_by_rate(name) else None
+    return rate if isinstance(rate, float) and 0 < rate <= 1 else None
+
+
 def evit_kwargs(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's arguments for an EViT out of a run's arguments, those that are set."""
     kwargs = {name: settings[name] for name in EVIT_ARGUMENTS if settings.get(name) is not None}

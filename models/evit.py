@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.deit import _cfg
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -205,23 +205,9 @@ class KeepRateSchedule:
         return self.base_keep_rate + (1 - self.base_keep_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-_CFG: dict[str, Any] = {
-    'url': '',
-    'num_classes': 1000,
-    'input_size': (3, 224, 224),
-    'pool_size': None,
-    'crop_pct': 0.9,
-    'interpolation': 'bicubic',
-    'fixed_input_size': True,
-    'mean': IMAGENET_DEFAULT_MEAN,
-    'std': IMAGENET_DEFAULT_STD,
-    'first_conv': 'patch_embed.proj',
-    'classifier': 'head',
-    'license': 'apache-2.0',
-    'paper_ids': 'arXiv:2202.07800',
-}
-
-default_cfgs = generate_default_cfgs({f'deit_{size}_patch16_shrink_base': _CFG for size in ('tiny', 'small', 'base')})
+default_cfgs = generate_default_cfgs(
+    {f'deit_{size}_patch16_shrink_base': _cfg(paper_ids='arXiv:2202.07800') for size in ('tiny', 'small', 'base')}
+)
 
 
 def _create_evit(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> EViT:

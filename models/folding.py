@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -14,8 +15,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .dhvt import PointwiseConv
 
 __all__ = ['fold_batchnorm']
-
-FOLDABLE = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 
 
 def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -34,24 +33,15 @@ def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, partner
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing but its own `forward` happens when a module is called."""
-    return not (module._forward_hooks or module._forward_pre_hooks)
-
-
-def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    # Other classes of convolutions may do more than convolve: some standardise their weights first.
-    if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, PointwiseConv):
-        return False
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
-        return False
+def _can_fold(conv: Any, norm: Any) -> bool:
+    """Whether both are of classes that do no more than they say, with statistics, and nothing looks in between."""
     return (
-        type(norm) in FOLDABLE
+        type(conv) in (nn.Conv2d, PointwiseConv)
+        and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
         and norm.running_mean is not None
         and norm.running_var is not None
         and norm.num_features == conv.out_channels
-        and _is_plain(conv)
-        and _is_plain(norm)
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in (conv, norm))
     )
 
 
@@ -70,11 +60,10 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     places = Counter(id(child) for module in folded.modules() for child in module._modules.values())
     for module in list(folded.modules()):
         for conv_name, norm_name in _pairs(module):
-            conv, norm = module._modules[conv_name], module._modules[norm_name]
+            conv: Any = module._modules[conv_name]
+            norm: Any = module._modules[norm_name]
             if not _can_fold(conv, norm) or places[id(conv)] > 1 or places[id(norm)] > 1:
                 continue
-            assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-            assert norm.running_mean is not None and norm.running_var is not None
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )

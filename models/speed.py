@@ -12,8 +12,8 @@ from torch import nn
 
 
 @contextmanager
-def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """torchprofile counts the fused attention operator as nothing, so modules take the written-out products."""
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """In its body attention is plain products, not the fused operator, which hides its weights and its cost."""
     fused = [module for module in model.modules() if getattr(module, 'fused_attn', False)]
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
@@ -31,7 +31,7 @@ def count_macs(model: nn.Module, image_size: tuple[int, int, int]) -> int:
     was_training = model.training
     model.eval()
     image = torch.zeros(1, *image_size, device=next(model.parameters()).device)
-    with _plain_attention(model), torch.no_grad(), warnings.catch_warnings():
+    with plain_attention(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the tracer's remarks on shape checks, operators that cost nothing
         macs = profile_macs(model, image)
     model.train(was_training)

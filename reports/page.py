@@ -165,8 +165,8 @@ def make(
         over_seeds=over_seeds,
         differences=find_differences(runs) if len(runs) > 1 else {},
         pictures=pictures,
+        found=found,
         predictions=described,
-        why_not='' if described else found,
         arguments=[(name, show_value(value)) for name, value in {**runs[0].args, **runs[0].derived}.items()],
         made=datetime.now().strftime('%Y-%m-%d %H:%M'),
     )

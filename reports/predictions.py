@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from config.arguments import parse_args
 from config.builders import build_model
 from config.data import load_splits, open_loaders
 from config.errors import explain
-from config.models import keeps_tokens_by_rate
+from config.models import stored_keep_rate
 from config.pretrained import load_trained
 from config.recall import MODEL_FLAGS, stored_flags
 from datasets import DATA_SETS, find_info
@@ -173,7 +172,7 @@ def predict(
         loader = open_loaders(args, splits, process, chosen)[1]
     except (InputError, OSError) as err:
         return f'the images of {args.data_set} cannot be read: {one_line(err)}'
-    keep_rate = state.get('keep_rate') if keeps_tokens_by_rate(args.model) else None
+    keep_rate = stored_keep_rate(args.model, state)
     try:
         answers = _answers(model.to(chosen), loader, chosen, find_amp_dtype(args.amp, chosen), keep_rate, stop)
     except (InputError, OSError) as err:
@@ -239,36 +238,24 @@ def confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[tuple[str,
 
 
 def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:
-    """What the page says about predictions."""
+    """What the page says about predictions beside themselves."""
     matrix = found.matrix()
     accuracy, precision, images = found.by_class()
-    rows = [
-        (label, int(count), None if math.isnan(right) else float(right), None if math.isnan(exact) else float(exact))
-        for label, count, right, exact in zip(found.labels, images, accuracy, precision, strict=True)
+    shown = [
+        {
+            'picture': thumbnail(printable(found.dataset.name(index)), found.dataset.load(index)),
+            'class': found.labels[found.targets[position]],
+            'answer': found.labels[found.predicted[position]],
+            'confidence': 100 * float(found.confidence[position]),
+        }
+        for position in found.mistakes(mistakes)
+        for index in [int(found.indices[position])]
     ]
-    shown = []
-    for position in found.mistakes(mistakes):
-        index = int(found.indices[position])
-        shown.append(
-            {
-                'picture': thumbnail(printable(found.dataset.name(index)), found.dataset.load(index)),
-                'class': found.labels[found.targets[position]],
-                'answer': found.labels[found.predicted[position]],
-                'confidence': 100 * float(found.confidence[position]),
-            }
-        )
     return {
-        'run': found.run,
-        'epoch': found.epoch,
-        'images': int(matrix.sum()),
         'wrong': int(matrix.sum() - matrix.trace()),
-        'accuracy': found.accuracy,
-        'num_classes': len(found.labels),
         'many': len(found.labels) > MOST_NAMES,
         'pairs': confused_pairs(matrix, found.labels),
-        'classes': rows,
+        'classes': list(zip(found.labels, images, accuracy, precision, strict=True)),
         'mistakes': shown,
-        'pictures': [
-            draw_confusion(matrix, found.labels), draw_classes(accuracy, found.labels, found.accuracy)
-        ],
-    }  # fmt: skip
+        'pictures': [draw_confusion(matrix, found.labels), draw_classes(accuracy, found.labels, found.accuracy)],
+    }

@@ -17,11 +17,12 @@ from sklearn.datasets import load_sample_images
 from timm.data import Mixup
 from timm.data import auto_augment as pil_ops
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.mixup import rand_bbox_minmax
 from timm.data.random_erasing import RandomErasing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.augment import OPS, BatchedAugment, BatchedMixup, apply_op, policy
+from config.arguments import parse_args
+from config.data import build_mixup
+from pipeline.augment import OPS, BatchedAugment, apply_op, policy
 from pipeline.augment.erasing import plan_erasing
 from pipeline.augment.policy import read_policy
 from pipeline.augment.random_numbers import Purpose, device_normals, hashes, sample_keys, uniforms
@@ -526,12 +527,11 @@ class Watch(TorchDispatchMode):
 def test_nothing_waits_for_the_device(patches: np.ndarray) -> None:
     made = make_augment(re_count=2, interpolation='random')
     made(to_tensor(patches[:64]), make_draws(64))
-    for mode in ('elem', 'pair', 'batch'):
-        mixup = BatchedMixup(cutmix_alpha=1.0, mode=mode, num_classes=10)
-        with Watch() as watch:
-            mixup(made(to_tensor(patches[:64]), make_draws(64)), torch.arange(64) % 10)
-        assert watch.names['gather'] and watch.names['index_put_']
-        assert not set(watch.names) & set(Watch.waits)
+    mixup = Mixup(cutmix_alpha=1.0, num_classes=10)
+    with Watch() as watch:
+        mixup(made(to_tensor(patches[:64]), make_draws(64)), torch.arange(64) % 10)
+    assert watch.names['gather'] and watch.names['index_put_']
+    assert not set(watch.names) & set(Watch.waits)
 
 
 @pytest.mark.parametrize('input_size', [32, 224])
@@ -541,9 +541,6 @@ def test_all_tensors_lie_on_the_device_of_the_images(input_size: int, patches: n
         # A meta tensor has no values: it refuses to be read, and most ops with tensors from elsewhere.
         out = made(to_tensor(patches[:200]).to('meta'), make_draws(200))
         assert out.device.type == 'meta' and out.shape == (200, 3, 32, 32)
-        for mode in ('elem', 'pair', 'batch'):
-            mixup = BatchedMixup(cutmix_alpha=1.0, mode=mode, num_classes=10)
-            assert mixup(out, torch.zeros(200, dtype=torch.int64, device='meta'))[0].device.type == 'meta'
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -682,92 +679,25 @@ def test_benchmark_compares_ops_and_rates(tmp_path: Path, capsys: pytest.Capture
     assert 'has 6 images, not 2000' in capsys.readouterr().err
 
 
-# Mixup
-
-
-def mix_both(seed: int, size: int = 24, **settings: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Images and targets from ours and from timm's, with the same random numbers."""
-    images = torch.randn(12, 3, size, size + 8, generator=torch.Generator().manual_seed(seed))
-    targets = torch.arange(12) % 5
-    results = []
-    for cls in (BatchedMixup, Mixup):
-        np.random.seed(seed)
-        results.append(cls(num_classes=5, **settings)(images.clone(), targets))
-    return results
-
-
-@pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
-@pytest.mark.parametrize(
-    'settings',
-    [{'mixup_alpha': 0.8, 'cutmix_alpha': 1.0}, {'mixup_alpha': 0.8}, {'mixup_alpha': 0, 'cutmix_alpha': 0.7},
-     {'mixup_alpha': 0.3, 'cutmix_alpha': 1.0, 'prob': 0.5, 'switch_prob': 0.8, 'label_smoothing': 0},
-     {'mixup_alpha': 0, 'cutmix_alpha': 1.0, 'correct_lam': False}],
-)  # fmt: skip
-def test_mixup_is_timms(mode: str, settings: dict[str, Any]) -> None:
-    for seed in range(12):
-        (images, targets), (expected_images, expected_targets) = mix_both(seed, mode=mode, **settings)
-        torch.testing.assert_close(images, expected_images, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(targets, expected_targets, rtol=1e-6, atol=1e-6)
-
-
-def test_mixup_leaves_the_generator_where_timm_does() -> None:
-    images, targets = torch.randn(6, 3, 16, 16), torch.arange(6)
-    for mode in ('batch', 'pair', 'elem'):
-        after = []
-        for cls in (BatchedMixup, Mixup):
-            np.random.seed(1)
-            cls(cutmix_alpha=1.0, mode=mode, num_classes=6)(images.clone(), targets)
-            after.append(np.random.rand())
-        assert after[0] == after[1]
-
-
-def test_cutmix_minmax_of_a_batch_is_timms() -> None:
-    for seed in range(10):
-        ours, theirs = mix_both(seed, mode='batch', mixup_alpha=0, cutmix_minmax=(0.2, 0.8))
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize('mode', ['pair', 'elem'])
-def test_cutmix_minmax_of_samples_has_timms_boxes(mode: str) -> None:
-    count, size = 4000, (20, 30)
-    images = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 1, *size)
-    np.random.seed(0)
-    mixed, targets = BatchedMixup(mixup_alpha=0, cutmix_minmax=(0.2, 0.8), mode=mode, num_classes=count,
-                                  label_smoothing=0)(images, torch.arange(count))  # fmt: skip
-    if mode == 'pair':
-        mixed, targets, count = mixed[: count // 2], targets[: count // 2], count // 2
-    own = torch.arange(count).float()[:, None, None]
-    inside = mixed[:, 0] != own
-    assert torch.equal(mixed[:, 0][inside], (len(images) - 1 - own).expand_as(inside)[inside])
-    heights, widths = inside.any(2).sum(1), inside.any(1).sum(1)
-    assert torch.equal(inside.flatten(1).sum(1), heights * widths)
-    torch.testing.assert_close(targets[torch.arange(count), torch.arange(count)], 1 - heights * widths / 600)
-    boxes = [rand_bbox_minmax((3, *size), (0.2, 0.8)) for _ in range(count)]
-    theirs = np.array([(bottom - top, right - left, top, left) for top, bottom, left, right in boxes], float)
-    ours = torch.stack([heights, widths, inside.any(2).int().argmax(1), inside.any(1).int().argmax(1)], 1).numpy()
-    for moment in (1, 2):
-        gap = (ours.astype(float) ** moment).mean(0) - (theirs**moment).mean(0)
-        assert (np.abs(gap) < 4.5 * (theirs**moment).std(0) * math.sqrt(2 / count)).all()
-
-
-def test_mixup_in_pairs_mirrors_the_mixture() -> None:
-    np.random.seed(0)
-    _, targets = BatchedMixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode='pair', num_classes=8, label_smoothing=0)(
-        torch.randn(8, 3, 8, 8), torch.arange(8)
-    )
-    assert torch.equal(targets, targets.flip(0, 1))
-    assert torch.allclose(targets.sum(1), torch.ones(8))
-
-
-@pytest.mark.parametrize(
-    ('settings', 'words'),
-    [({'mode': 'half'}, 'half'), ({'mixup_alpha': 0}, '--cutmix'), ({'cutmix_minmax': (0.2,)}, 'two numbers')],
-)
-def test_settings_of_mixup_are_checked(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        BatchedMixup(**settings)
-
-
-def test_mixup_needs_even_batches() -> None:
-    with pytest.raises(ValueError, match='even'):
-        BatchedMixup(num_classes=3)(torch.zeros(3, 3, 4, 4), torch.arange(3))
+def test_flags_of_mixing() -> None:
+    flags = [
+        '--mixup',
+        '0.3',
+        '--cutmix',
+        '0.7',
+        '--mixup-prob',
+        '0.9',
+        '--mixup-switch-prob',
+        '0.4',
+        '--smoothing',
+        '0.2',
+    ]
+    mixup = build_mixup(parse_args([*flags, '--cutmix-minmax', '0.2', '0.8', '--mixup-mode', 'pair']), 5)
+    assert mixup is not None
+    found = (mixup.mixup_alpha, mixup.mix_prob, mixup.switch_prob, mixup.cutmix_minmax, mixup.label_smoothing)
+    assert found == (0.3, 0.9, 0.4, [0.2, 0.8], 0.2) and (mixup.mode, mixup.num_classes) == ('pair', 5)
+    mixup = build_mixup(parse_args(flags), 5)
+    assert mixup is not None and (mixup.mode, mixup.cutmix_alpha) == ('batch', 0.7)
+    assert build_mixup(parse_args(['--mixup', '0', '--cutmix', '0']), 5) is None
+    _, targets = mixup(torch.randn(6, 3, 8, 8), torch.arange(6) % 5)
+    torch.testing.assert_close(targets.sum(1), torch.ones(6))

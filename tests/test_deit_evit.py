@@ -382,6 +382,10 @@ def test_evit_trains_through_its_schedule_and_resumes(tmp_path: Path, capsys: py
     main([*flags, '--epochs', '2', '--output_dir', str(half)])
     state = ckpt.load(str(half / 'checkpoint.pth'))
     assert state['keep_rate'] == rates[1]
+    evaluation = ['--eval', '--resume', str(half / 'checkpoint.pth'), '--device', 'cpu']
+    logged = json.loads((half / 'log.txt').read_text().splitlines()[-1])['test_loss']
+    assert main(evaluation)['test_loss'] == logged  # at that epoch's keep rate
+    assert main([*evaluation, '--base_keep_rate', '0.4'])['test_loss'] != logged
     more = ['--epochs', '4', '--output_dir', str(half), '--auto-resume', '--force-resume']
     main([*flags, *more])
     stored = stored_args(ckpt.load(str(half / 'checkpoint.pth')))

@@ -24,7 +24,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
-from threading import BrokenBarrierError
 from typing import Any
 
 import numpy as np
@@ -68,37 +67,31 @@ def read_bytes(path: str) -> bytes:
         return file.read()
 
 
-def _work(item: Callable[[int], Any], share: np.ndarray, start: Any, answer: Any) -> None:
-    try:
-        numbers = share.tolist()
-        item(numbers[0])  # opens what is opened on first use
-        start.wait()
-        began = time.perf_counter()
-        for number in numbers:
-            item(number)
-        answer.put(time.perf_counter() - began)
-    except Exception as err:
-        start.abort()  # or the others wait for ever
-        answer.put(one_line(err) or 'another process failed')
+_item: Callable[[int], Any]  # what a process measures; not every one can be sent there later
+
+
+def _take(item: Callable[[int], Any]) -> None:
+    global _item
+    _item = item
+
+
+def _seconds(numbers: list[int]) -> float:
+    _item(numbers[0])  # opens what is opened on first use
+    began = time.perf_counter()
+    for number in numbers:
+        _item(number)
+    return time.perf_counter() - began
 
 
 def rate(item: Callable[[int], Any], images: int, processes: int) -> float:
     """Images per second of a function that gets one by its number, over all processes."""
     order = np.random.default_rng(0).permutation(images)
-    start, answer = CONTEXT.Barrier(processes), CONTEXT.Queue()
-    started = [
-        CONTEXT.Process(target=_work, args=(item, order[number::processes], start, answer))
-        for number in range(processes)
-    ]
-    for process in started:
-        process.start()
-    answers = [answer.get() for _ in started]
-    for process in started:
-        process.join()
-    failures = sorted({text for text in answers if isinstance(text, str)} - {BrokenBarrierError.__name__})
-    if failures:
-        raise InputError(f'an image cannot be read: {failures[0]}')
-    return images / max(answers)
+    shares = [order[number::processes].tolist() for number in range(processes)]
+    try:
+        with ProcessPoolExecutor(processes, CONTEXT, initializer=_take, initargs=(item,)) as pool:
+            return images / max(pool.map(_seconds, shares))
+    except Exception as err:  # whatever reading leads to, or a process that is gone
+        raise InputError(f'an image cannot be read: {one_line(err)}') from None
 
 
 def write_quietly(files: FileDataset, path: Path, *, max_size: int | None = None) -> None:

@@ -39,20 +39,18 @@ measure() {
 
 if [ "$kind" = cpu ]; then
     models=(tiny_cifar_patch4:32:128:deit_tiny_cifar_patch4 small_imagenet_patch16:224:16:deit_small_patch16_224)
-    variants=(--candidate "--amp bf16")
+    compiled=()
 else
     models=(tiny_cifar_patch4:32:256:deit_tiny_cifar_patch4 small_cifar_patch4:32:256:deit_small_cifar_patch4
         tiny_imagenet_patch16:224:128:deit_tiny_patch16_224 small_imagenet_patch16:224:128:deit_small_patch16_224)
-    variants=(--candidate "--amp bf16" --candidate "--amp bf16 --compile default"
-        --candidate "--amp bf16 --compile max-autotune")
+    compiled=(--candidate "--amp bf16 --compile default" --candidate "--amp bf16 --compile max-autotune")
 fi
 for entry in "${models[@]}"; do
     IFS=: read -r model size batch deit <<< "$entry"
-    for what in step eval; do
-        measure "$what" tools/benchmark.py "$what" --device "$device" --input-size "$size" --batch-size "$batch" \
-            --rounds "$ROUNDS" --model "dhvt_$model" --baseline "--amp off" "${variants[@]}" \
-            --candidate "timm:$deit --amp bf16"
-    done
+    sizes=(--device "$device" --input-size "$size" --batch-size "$batch" --rounds "$ROUNDS" --model "dhvt_$model"
+        --baseline "--amp off" --candidate "--amp bf16" --candidate "timm:$deit --amp bf16")
+    measure step tools/benchmark.py step "${sizes[@]}" "${compiled[@]}"
+    measure eval tools/benchmark.py eval "${sizes[@]}" # is not compiled
 done
 data=(--data-set DIGITS)
 [ ! -d "$DATA" ] || data=(--data-set FOLDER --data-path "$DATA" --train-fraction 0.2)

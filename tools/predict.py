@@ -297,14 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ending = Path(args.out or '').suffix[1:].lower()
         writer = WRITERS[args.format or (ending if ending in WRITERS else 'csv')]
         began = time.perf_counter()
-        try:
-            write_to(args.out, lambda file: write_rows(file, writer(file, topk), loader, answer, counts, len(inputs)))
-        except torch.OutOfMemoryError:
-            raise InputError('out of GPU memory: lower --batch-size') from None
-        except RuntimeError as err:
-            if 'DataLoader worker' not in str(err):
-                raise
-            raise InputError(f'{one_line(err)}: was it short of memory? Fewer --num_workers need less') from None
+        write_to(args.out, lambda file: write_rows(file, writer(file, topk), loader, answer, counts, len(inputs)))
         seconds = time.perf_counter() - began
         where = f' to {args.out}' if args.out else ''
         mirrored = ', with mirror images' if args.tta else ''

@@ -22,9 +22,10 @@ from utils import InputError
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser('report.py', description='Draw runs of main.py: an HTML file with everything inside, and PNGs.')
-    parser.add_argument('folders', nargs='+', metavar='OUTPUT', help="a run's --output_dir")
-    parser.add_argument('--out', help='the HTML file; report.html, in the folder of the run if it is one')
-    parser.add_argument('--no-predictions', action='store_true', help='leave out what needs the checkpoint and images')
+    parser.add_argument('folders', nargs='+', type=Path, metavar='OUTPUT', help="a run's --output_dir")
+    parser.add_argument('--out', type=Path, help='the HTML file; report.html, in the folder of the run if it is one')
+    parser.add_argument('--no-predictions', dest='predictions', action='store_false',
+                        help='leave out what needs the checkpoint and images')  # fmt: skip
     parser.add_argument('--mistakes', default=24, type=COUNT, help='how many of the most confident mistakes are shown')
     parser.add_argument('--data-path', type=os.path.abspath, help='where the images are now, if they were moved')
     parser.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
@@ -35,17 +36,9 @@ def get_args_parser() -> FlagParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     with one_line_errors('report.py'), no_children_left():
-        if args.out and Path(args.out).is_dir():
+        if args.out and args.out.is_dir():
             raise InputError(f'--out {args.out} is a folder: give the name of the HTML file')
-        made = page.make(
-            [Path(folder) for folder in args.folders],
-            out=Path(args.out) if args.out else None,
-            predictions=not args.no_predictions,
-            mistakes=args.mistakes,
-            data_path=args.data_path,
-            device=args.device,
-            num_workers=args.num_workers,
-        )
+        made = page.make(**vars(args))
         print(f'{made}, and PNGs in {made.stem}_figures')
 
 

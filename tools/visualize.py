@@ -26,7 +26,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -45,6 +44,7 @@ from config.models import evit_kwargs, keeps_tokens_by_rate
 from config.pretrained import Settings, load_trained, read_image
 from models.dhvt import DHVT
 from models.evit import EViT
+from models.speed import plain_attention
 from reports.figures import drawable, set_fonts, shorten_text
 from training import checkpoint as ckpt
 from training.weights import stored_args
@@ -89,7 +89,7 @@ class Seen(NamedTuple):
 def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
     """Runs a model on images (B, C, H, W) and returns the attention and the channel weights of that pass.
 
-    The weights are the softmax of the queries and keys that the pass itself made, which the fused kernels do not show.
+    The weights are those that the pass itself multiplied the values with.
     """
     made: dict[nn.Module, Tensor] = {}
 
@@ -98,20 +98,16 @@ def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
 
     blocks: Any = model.blocks
     weighers = [getattr(block.mlp, 'excitation', None) for block in blocks]
-    watched = [*(block.attn.qkv for block in blocks), *filter(None, weighers)]
+    watched = [*(block.attn.attn_drop for block in blocks), *filter(None, weighers)]
     hooks = [module.register_forward_hook(keep) for module in watched]
     try:
-        probabilities = model(images).softmax(dim=-1)
+        with plain_attention(model):
+            probabilities = model(images).softmax(dim=-1)
     finally:
         for hook in hooks:
             hook.remove()
 
-    attention = []
-    for attn in (block.attn for block in blocks):
-        q, k, _ = rearrange(made[attn.qkv], 'b t (qkv h d) -> qkv b h t d', qkv=3, h=attn.num_heads)
-        if isinstance(model, VisionTransformer):
-            q, k = attn.q_norm(q), attn.k_norm(k)
-        attention.append(((q @ k.transpose(-2, -1)) * attn.scale).softmax(dim=-1))
+    attention = [made[block.attn.attn_drop] for block in blocks]
     channels = [None if weigher is None else made[weigher][:, 0] for weigher in weighers]
     patch: Any = model.patch_embed
     sides = to_2tuple(patch.patch_size)
