@@ -3,9 +3,10 @@
 #
 # On CIFAR-10, in this order: the training step with --compile off and on; DHVT-T/4 and S/4 by the recipe fast for 100
 # epochs; both by the paper's recipe for 300. MINUTES is the limit of all runs together; a run that it stops keeps its
-# checkpoint, and the same command again goes on. Each run has its folder below OUTPUT (output/full-size), each
-# command is printed. From the environment: DATA (train/<class>/, val/<class>/; CIFAR-10 is downloaded without it),
-# EPOCHS (of fast and of the paper's recipe, "100 300"), ROUNDS (measurements of each step, 5), PYTHON, DRY_RUN=1.
+# checkpoint, and the same command again goes on; what step.txt has is not measured again. Each run has its folder below
+# OUTPUT (output/full-size), each command is printed. From the environment: DATA (train/<class>/, val/<class>/; CIFAR-10
+# is downloaded without it), EPOCHS (of fast and of the paper's recipe, "100 300"), ROUNDS (measurements of each step, 5),
+# PYTHON, DRY_RUN=1.
 set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
@@ -34,7 +35,13 @@ within() {
 }
 
 kind=$("$python" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')
-within bash "$root/tools/benchmarks.sh" "$kind" step
+if [ -n "$DRY_RUN" ]; then
+    bash "$root/tools/benchmarks.sh" "$kind" step
+elif [ ! -e "$output/step.txt" ]; then
+    mkdir -p "$output"
+    within bash "$root/tools/benchmarks.sh" "$kind" step | tee "$output/step.part"
+    [ "$SECONDS" -ge "$end" ] || mv "$output/step.part" "$output/step.txt"
+fi
 for run in "fast $fast tiny" "fast $fast small" "cifar10 $paper tiny" "cifar10 $paper small"; do
     read -r recipe epochs size <<< "$run"
     MODEL=dhvt_${size}_cifar_patch4 OUTPUT=$output/$recipe-$size \
