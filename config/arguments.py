@@ -23,7 +23,7 @@ from config.flags import (
     FlagParser,
     add_data_flags,
 )
-from config.models import keeps_tokens_by_rate
+from config.models import is_evit
 from config.recall import config_flags, recalled_flags
 from training.output import holds_run
 from utils import UsageError
@@ -302,7 +302,7 @@ def check_args(args: argparse.Namespace) -> None:
          '--resplit needs random erasing: --reprob above 0, and no --no-aug'),
         (args.augment_exact and (args.augment == 'pil' or args.no_aug),
          '--augment-exact is for batched augmentation: no --augment pil, and no --no-aug'),
-        (args.compile != 'off' and keeps_tokens_by_rate(args.model),
+        (args.compile != 'off' and is_evit(args.model),
          f'--compile {args.compile}: EViT has another number of tokens from step to step; leave it off'),
         (args.compile in ('reduce-overhead', 'max-autotune') and args.accum_steps > 1,
          f"--compile {args.compile} reuses gradients' memory at each batch: no --accum-steps above 1, "

@@ -16,7 +16,7 @@ from config.models import (
     EVIT_ARGUMENTS,
     check_output,
     evit_kwargs,
-    keeps_tokens_by_rate,
+    is_evit,
     new_model,
     recompute_blocks,
     synchronize_stem,
@@ -41,7 +41,7 @@ def build_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
         UsageError: if timm does not know it, it refuses its arguments, or flags of EViT are given for another one.
     """
     given = [name for name in EVIT_FLAGS if getattr(args, name) is not None]
-    if given and not keeps_tokens_by_rate(args.model):
+    if given and not is_evit(args.model):
         why = ': its convolutions need the whole grid of tokens' if args.model.startswith('dhvt') else ''
         raise UsageError(f'--{given[0]} is for EViT (deit_…_shrink_base); {args.model} cannot drop tokens{why}')
     set_by = {argument: f'--{argument}' for argument in EVIT_ARGUMENTS}
@@ -100,7 +100,7 @@ def build_criterion(
 
 def build_keep_rates(args: argparse.Namespace) -> evit.KeepRateSchedule | None:
     """EViT's schedule, None for other models."""
-    if not keeps_tokens_by_rate(args.model):
+    if not is_evit(args.model):
         return None
     return evit.KeepRateSchedule(
         base_keep_rate=evit.BASE_KEEP_RATE if args.base_keep_rate is None else args.base_keep_rate,

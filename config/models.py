@@ -87,14 +87,14 @@ def new_model(flag: str, name: str, img_size: int, kwargs: dict[str, Any]) -> nn
         raise UsageError(f'{flag} {name} refuses its arguments: {one_line(err)}{hint}') from None
 
 
-def keeps_tokens_by_rate(name: str) -> bool:
+def is_evit(name: str) -> bool:
     """Whether a model of timm's registry is an EViT."""
     return timm.is_model(name) and timm.models.model_entrypoint(name).__module__ == evit.__name__
 
 
 def stored_keep_rate(name: str, checkpoint: Mapping[str, Any]) -> float | None:
     """Of an EViT, the keep rate of the epoch that wrote a checkpoint, which may be above the base rate."""
-    rate = checkpoint.get('keep_rate') if keeps_tokens_by_rate(name) else None
+    rate = checkpoint.get('keep_rate') if is_evit(name) else None
     return rate if isinstance(rate, float) and 0 < rate <= 1 else None
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from config.flags import MOST_PIXELS, PIXELS, FlagParser
-from config.models import check_kwargs, constructor_arguments, evit_kwargs, keeps_tokens_by_rate, new_model
+from config.models import check_kwargs, constructor_arguments, evit_kwargs, is_evit, new_model
 from models.folding import fold_batchnorm
 from pipeline.files import read_file
 from pipeline.images import AS_STORED, Reading, Transform, decode
@@ -143,7 +143,7 @@ def read_settings(
         raise InputError(f'{source} says that its images have {size} pixels: give --input-size PIXELS')
     try:
         kwargs = dict(stored.get('model_kwargs') or [])
-        if keeps_tokens_by_rate(name):
+        if is_evit(name):
             kwargs |= evit_kwargs(stored)
     except (TypeError, ValueError):
         raise InputError(f'{source} has model arguments that are not of this program') from None
@@ -206,9 +206,11 @@ def add_checkpoint_flags(parser: FlagParser) -> None:
     parser.add_argument('--input-size', type=PIXELS, help="pixels, in place of the checkpoint's")
 
 
-def load_chosen(args: argparse.Namespace) -> tuple[nn.Module, Settings, dict[str, Any]]:
+def load_chosen(
+    args: argparse.Namespace, further: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Settings, dict[str, Any]]:
     """`load_trained` of what `add_checkpoint_flags` asked for."""
-    return load_trained(args.checkpoint, ema=args.ema, name=args.model, input_size=args.input_size)
+    return load_trained(args.checkpoint, ema=args.ema, name=args.model, input_size=args.input_size, further=further)
 
 
 @torch.inference_mode()
@@ -231,7 +233,7 @@ def compare(
     return bool(difference <= TOLERANCE * largest.clamp(min=1)), float(difference), float(largest)
 
 
-def fold_if_equal(model: nn.Module, input_size: int, channels: int = 3) -> tuple[nn.Module, float]:
+def fold_if_equal(model: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, float]:
     """A model with its BatchNorms folded, and the largest difference of its logits on random images.
 
     The pairs are found by their names, which another's network may use otherwise; so this compares.
@@ -239,8 +241,8 @@ def fold_if_equal(model: nn.Module, input_size: int, channels: int = 3) -> tuple
     Raises:
         InputError: if the outputs are not equal up to rounding.
     """
-    folded = fold_batchnorm(model)
-    equal, difference, _ = compare(folded, model, (channels, input_size, input_size))
+    folded = fold_batchnorm(model, by_name=True)
+    equal, difference, _ = compare(folded, model, shape)
     if not equal:
         what = f'folding the BatchNorms of this {type(model).__name__} changes its logits by {difference:.2g}'
         raise InputError(f'{what}: its parts are not called in the order that their names say')

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from config.flags import FlagParser, read_mapping
-from config.models import EVIT_ARGUMENTS, keeps_tokens_by_rate
+from config.models import EVIT_ARGUMENTS, is_evit
 from training import checkpoint as ckpt
 from training.output import holds_run
 from training.weights import stored_args
@@ -107,7 +107,7 @@ def recalled_flags(args: argparse.Namespace, typed: set[str]) -> list[str]:
             without = LAYOUT_FLAGS
         elif typed & {'--use-lmdb', '--no-use-lmdb'}:
             without = ('data_layout',)
-        if not keeps_tokens_by_rate(args.model if '--model' in typed else str(stored.get('model'))):
+        if not is_evit(args.model if '--model' in typed else str(stored.get('model'))):
             without += EVIT_FLAGS
         return stored_flags(stored, [name for name in RECALLED_FLAGS if name not in without])
     if not args.finetune:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,15 +43,12 @@ class ShrinkBlock(Block):
     After attention, the class token's attention to the patch tokens, averaged over the heads, ranks them; the first
     ceil(keep rate * n) stay. Paper §3.2. A block whose own keep rate is 1 never shrinks.
 
-    Args:
-        keep_rate: the block's own, used where `forward` gets none.
-        fuse_token: append one token, the sum of the others weighted by that attention (not normalised).
+    `keep_rate` is the block's own, used where `forward` gets none; with `fuse_token` one token is appended, the sum of
+    the others weighted by that attention (not normalised). EViT sets both.
     """
 
-    def __init__(self, *args: Any, keep_rate: float = 1.0, fuse_token: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.keep_rate = keep_rate
-        self.fuse_token = fuse_token
+    keep_rate: float = 1.0
+    fuse_token: bool = False
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of normed tokens (B, 1+n, D), and the class token's attention to the patch tokens (B, n).
@@ -181,19 +179,13 @@ class EViT(VisionTransformer):
         raise NotImplementedError('EViT has no feature maps: its tokens leave the grid; use the DeiT of these weights')
 
 
+@dataclass(frozen=True, kw_only=True)
 class KeepRateSchedule:
-    """The keep rate of each training step: 1, then a cosine down, then the base rate. Published adjust_keep_rate.
+    """The keep rate of each training step: 1, then a cosine down, then the base rate. Published adjust_keep_rate."""
 
-    Args:
-        base_keep_rate: at the end.
-        start_epoch: the first epoch of the descent.
-        epochs: its length; 0 goes to the base rate at once.
-    """
-
-    def __init__(self, *, base_keep_rate: float, start_epoch: int, epochs: int) -> None:
-        self.base_keep_rate = base_keep_rate
-        self.start_epoch = start_epoch
-        self.epochs = epochs
+    base_keep_rate: float  # at the end
+    start_epoch: int  # the first epoch of the descent
+    epochs: int  # its length; 0 goes to the base rate at once
 
     def __call__(self, epoch: int, step: int, steps: int) -> float:
         """The rate at a step of an epoch of `steps` steps, all counted from 0."""

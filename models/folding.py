@@ -12,20 +12,22 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .dhvt import PointwiseConv
+from .dhvt import DynamicAggregationFeedForward, PointwiseConv
 
 __all__ = ['fold_batchnorm']
 
 
-def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
+def _pairs(module: nn.Module, by_name: bool) -> Iterator[tuple[str, str]]:
     """Names of children of which the second takes what the first puts out.
 
-    In a Sequential, neighbours. Elsewhere `conv…` and `bn…` with the same ending, the first one registered earlier:
-    a norm that stands before its convolution is registered before it too.
+    In a Sequential, neighbours. In DAFF, and with `by_name` elsewhere, `conv…` and `bn…` with the same ending, the
+    first one registered earlier: a norm that stands before its convolution is registered before it too.
     """
     names = list(module._modules)
     if type(module).forward is nn.Sequential.forward:
         yield from pairwise(names)
+        return
+    if not by_name and type(module) is not DynamicAggregationFeedForward:
         return
     for place, name in enumerate(names):
         partner = f'bn{name.removeprefix("conv")}'
@@ -45,21 +47,22 @@ def _can_fold(conv: Any, norm: Any) -> bool:
     )
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
+def fold_batchnorm(model: nn.Module, *, by_name: bool = False) -> nn.Module:
     """A copy in eval mode whose BatchNorms are folded into the convolutions that they follow directly.
 
     Such a convolution gets the norm's scale in its weight and the rest in its bias; nn.Identity stands in the norm's
-    place, or what else timm's BatchNormAct2d does. The outputs are equal up to rounding. Pairs are found by their
-    place in an nn.Sequential and by their names (conv1, bn1); whatever else there is stays as it is, and so do modules
-    that stand in two places, and norms without running statistics.
+    place, or what else timm's BatchNormAct2d does. The outputs are equal up to rounding. Whatever stands in no pair
+    stays as it is, and so do modules in two places, and norms without running statistics.
 
     Args:
         model: is not changed.
+        by_name: take pairs outside of DHVT and nn.Sequential by their names (conv1, bn1), which say nothing of what
+            lies between: the outputs are to be compared.
     """
     folded = copy.deepcopy(model).eval()
     places = Counter(id(child) for module in folded.modules() for child in module._modules.values())
     for module in list(folded.modules()):
-        for conv_name, norm_name in _pairs(module):
+        for conv_name, norm_name in _pairs(module, by_name):
             conv: Any = module._modules[conv_name]
             norm: Any = module._modules[norm_name]
             if not _can_fold(conv, norm) or places[id(conv)] > 1 or places[id(norm)] > 1:

@@ -28,13 +28,11 @@ def count_macs(model: nn.Module, image_size: tuple[int, int, int]) -> int:
     """Multiply-adds of one image (C, H, W) by torchprofile's count, attention included."""
     from torchprofile import profile_macs  # the models themselves do without it
 
-    was_training = model.training
     model.eval()
     image = torch.zeros(1, *image_size, device=next(model.parameters()).device)
     with plain_attention(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the tracer's remarks on shape checks, operators that cost nothing
         macs = profile_macs(model, image)
-    model.train(was_training)
     assert isinstance(macs, int)
     return macs
 
@@ -50,7 +48,7 @@ def images_per_second(
     """The median speed of evaluation on made-up images (B, C, H, W) that already lie on the model's device.
 
     Args:
-        model: is put into eval mode, and back.
+        model: is put into eval mode.
         batch_size: B.
         amp_dtype: autocast's type, None for float32.
         seconds: measures for at least so long.
@@ -58,7 +56,6 @@ def images_per_second(
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)  # which the import below loads for nothing
     from torch.utils.benchmark import Timer
 
-    was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     images = torch.randn(batch_size, *image_size, device=device)
@@ -70,5 +67,4 @@ def images_per_second(
     measurement = Timer('run()', globals={'run': run}, num_threads=torch.get_num_threads()).blocked_autorange(
         min_run_time=seconds
     )
-    model.train(was_training)
     return batch_size / measurement.median

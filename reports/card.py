@@ -61,7 +61,7 @@ def accuracy(origin: Origin, args: dict[str, Any]) -> str:
     """What the checkpoint says of these weights' accuracy; of a run that was stopped inside an epoch, of its best's."""
     checkpoint = origin.checkpoint
     images = 'held-out' if args.get('val_fraction') or args.get('folds') else 'test'
-    row = (checkpoint.get('history') or [{}])[-1]
+    row = (checkpoint.get('history') or [{}])[-1] if 'fingerprint' in checkpoint else {}  # of main.py
     average = origin.ema or 'trained_model' in checkpoint  # which stands for the model in a best checkpoint
     found = None if checkpoint.get('progress') else row.get('ema_test_acc1' if average else 'test_acc1')
     if isinstance(found, (int, float)):

@@ -345,5 +345,6 @@ def draw_rows(title: str, rows: Mapping[str, Sequence[float]], paper: Sequence[f
     axes.set_xlim(low, min(max(shown) + 2, 100.5))
     axes.set_xlabel(f'top-1, %, mean ± sd{f" (the axis starts at {low:g})" if low else ""}')
     axes.set_title(title, fontsize=10, loc='left', x=0, wrap=True)
-    figure.legend(loc='outside lower right', ncols=2, fontsize=8, frameon=False)
+    if dots or marks:
+        figure.legend(loc='outside lower right', ncols=2, fontsize=8, frameon=False)
     return _save(figure, 'table', title)

@@ -104,18 +104,6 @@ class Predictions:
         """Images by class (row) and answer (column)."""
         return metrics.confusion_matrix(self.targets, self.predicted, labels=np.arange(len(self.labels)))
 
-    def by_class(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Accuracy and precision of each class in percent, NaN where there are no images, and its images."""
-        precision, right, _, images = metrics.precision_recall_fscore_support(
-            self.targets, self.predicted, labels=np.arange(len(self.labels)), zero_division=np.nan
-        )
-        return 100 * right, 100 * precision, images
-
-    def mistakes(self, most: int) -> np.ndarray:
-        """Positions of the wrong answers, the most confident first."""
-        wrong = np.flatnonzero(self.targets != self.predicted)
-        return wrong[np.argsort(-self.confidence[wrong], kind='stable')][:most]
-
 
 def _read_checkpoint(path: str, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """A checkpoint of main.py, and the arguments that evaluate it.
@@ -240,7 +228,11 @@ def confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[tuple[str,
 def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:
     """What the page says about predictions beside themselves."""
     matrix = found.matrix()
-    accuracy, precision, images = found.by_class()
+    precision, right, _, images = metrics.precision_recall_fscore_support(
+        found.targets, found.predicted, labels=np.arange(len(found.labels)), zero_division=np.nan
+    )
+    wrong = np.flatnonzero(found.targets != found.predicted)
+    most_confident = wrong[np.argsort(-found.confidence[wrong], kind='stable')][:mistakes]
     shown = [
         {
             'picture': thumbnail(printable(found.dataset.name(index)), found.dataset.load(index)),
@@ -248,14 +240,14 @@ def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:
             'answer': found.labels[found.predicted[position]],
             'confidence': 100 * float(found.confidence[position]),
         }
-        for position in found.mistakes(mistakes)
+        for position in most_confident
         for index in [int(found.indices[position])]
     ]
     return {
-        'wrong': int(matrix.sum() - matrix.trace()),
+        'wrong': len(wrong),
         'many': len(found.labels) > MOST_NAMES,
         'pairs': confused_pairs(matrix, found.labels),
-        'classes': list(zip(found.labels, images, accuracy, precision, strict=True)),
+        'classes': list(zip(found.labels, images, 100 * right, 100 * precision, strict=True)),
         'mistakes': shown,
-        'pictures': [draw_confusion(matrix, found.labels), draw_classes(accuracy, found.labels, found.accuracy)],
+        'pictures': [draw_confusion(matrix, found.labels), draw_classes(100 * right, found.labels, found.accuracy)],
     }

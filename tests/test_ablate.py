@@ -272,7 +272,7 @@ def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert '--model-kwargs stem_norm=layer feed_forward_norm=batch' in commands[6]
     for argv, message in (
         (['7'], 'invalid choice'),
-        (['6', '--nproc', '3'], 'cannot share a total batch of 512'),
+        (['6', '--nproc', '3'], 'does not divide 512'),
         (['6', '--epoch', '1'], 'unrecognized arguments: --epoch 1'),
         (['6', '--seed', '1'], '--seed is set by ablate.py'),
         (['6', '--folds', '5', '--fold', '1'], '--fold is set by ablate.py'),

@@ -24,10 +24,10 @@ def table(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
 
 @pytest.mark.parametrize('what', ['step', 'eval'])
 def test_models_in_turn(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    others = ['--candidate', '--amp bf16', '--candidate', 'timm:deit_tiny_cifar_patch4']
+    others = ['--candidate', '--amp bf16', '--candidate', '--model deit_tiny_cifar_patch4']
     benchmark.main([what, *SMALL, *SHORT, '--baseline', '--amp off', *others])
     rows = table(capsys)
-    assert [row[0] for row in rows] == ['--amp off', '--amp bf16', 'timm:deit_tiny_cifar_patch4']
+    assert [row[0] for row in rows] == ['--amp off', '--amp bf16', '--model deit_tiny_cifar_patch4']
     assert all(float(row[1].replace(',', '')) > 0 for row in rows) and rows[0][3:] == ['1.00', '1.00 to 1.00']
 
 
@@ -45,7 +45,7 @@ def test_rates_and_ratios() -> None:
 
 
 def test_variants() -> None:
-    variant = parse_variant("timm:resnet18 --amp 'off'")
+    variant = parse_variant("--model resnet18 --amp 'off'")
     assert variant.flags == ['--model', 'resnet18', '--amp', 'off'] and parse_variant('').label == 'as it is'
     with pytest.raises(benchmark.UsageError):
         parse_variant("'a")

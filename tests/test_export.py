@@ -362,6 +362,7 @@ def test_push(tmp_path: Path) -> None:
         assert cfg['license'] == 'cc-by-4.0' and cfg['origin_url'] == f'{address}/me/ants'
         assert 'ArieSeirack' not in json.dumps(cfg) and not {'paper_ids', 'paper_name', 'tag'} & cfg.keys()
         card = Hub.received['README.md'].decode()
+        assert 'arXiv:2210.05958' in card  # the architecture's
         assert 'license: cc-by-4.0' in card and "'hf-hub:me/ants'" in card and '50.00% top-1' in card
         assert all(f'`{name}`' in card for name in CLASSES)
 

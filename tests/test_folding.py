@@ -86,7 +86,7 @@ def test_training_mode_and_synchronised_norms() -> None:
 def test_timms_convolutional_networks(name: str, left: int | None) -> None:
     torch.manual_seed(0)
     model = as_trained(timm.create_model(name, num_classes=4).double())
-    folded = fold_batchnorm(model)
+    folded = fold_batchnorm(model, by_name=True)
     assert difference(model, folded, torch.randn(1, 3, 64, 64, dtype=torch.float64)) < 1e-10
     assert left is None or norms(folded) == left < norms(model)
 
@@ -111,6 +111,18 @@ class NormFirst(nn.Module):
         return self.conv1(self.bn1(x).relu())
 
 
+class ActivationBetween(nn.Module):
+    """Named as a pair, but for who sees `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn1(self.conv1(x).relu())
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
@@ -126,12 +138,13 @@ def shared() -> nn.Module:
     'model',
     [
         NormFirst(),
+        ActivationBetween(),
         shared(),
         nn.Sequential(Standardised(3, 3, 3), nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)),
         nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.BatchNorm2d(3)),
     ],
-    ids=['norm first', 'shared', 'standardised', 'no statistics', 'activation between'],
+    ids=['norm first', 'activation between names', 'shared', 'standardised', 'no statistics', 'activation between'],
 )
 def test_what_cannot_be_folded_stays(model: nn.Module) -> None:
     torch.manual_seed(0)
@@ -139,7 +152,8 @@ def test_what_cannot_be_folded_stays(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
-    folded = fold_batchnorm(model)
+    by_name = not isinstance(model, ActivationBetween)
+    folded = fold_batchnorm(model, by_name=by_name)
     assert norms(folded) == norms(model)
     assert difference(model, folded, torch.randn(2, 3, 8, 8)) == 0
 

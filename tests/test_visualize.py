@@ -15,9 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import models  # noqa: F401
+from config.pretrained import load_trained
 from models.ablations import create_model
 from tools import visualize
-from tools.visualize import choose_layers, look
+from tools.visualize import choose_blocks, look
 from training import checkpoint as ckpt
 
 SMALL = {'embed_dim': 32, 'depth': 4, 'num_heads': 2, 'img_size': 16, 'num_classes': 7}
@@ -106,7 +107,7 @@ def test_titles_scales_and_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Image.fromarray(image).save(tmp_path / 'image.png')
     visualize.main(['attention', path, str(tmp_path / 'image.png'), '--layers', '0', '3', '--out', f'{tmp_path}/a.png'])
     _, names, seen, _, figure = drawn
-    model, _, _ = visualize.load_trained(path)
+    model, _, _ = load_trained(path)
     with torch.no_grad():
         pixels = torch.from_numpy(image).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(value)[:, None, None] for value in
@@ -125,8 +126,8 @@ def test_titles_scales_and_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_layers() -> None:
-    assert choose_layers(None, 12) == [2, 5, 8, 11] and choose_layers(None, 2) == [0, 1]
-    assert choose_layers([3, 1, 3], 4) == [1, 3] and choose_layers(None, 1) == [0]
+    assert choose_blocks(None, 12) == [2, 5, 8, 11] and choose_blocks(None, 2) == [0, 1]
+    assert choose_blocks([3, 1, 3], 4) == [1, 3] and choose_blocks(None, 1) == [0]
 
 
 def save(path: Path, name: str, size: int = 16, classes: list[str] | None = None, **kwargs: Any) -> str:
@@ -167,7 +168,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     nameless = tmp_path / 'nameless.pth'
     ckpt.save(nameless, {'model': {'x': torch.zeros(1)}})
     evit = tmp_path / 'evit.pth'
-    ckpt.save(evit, {'model': {'x': torch.zeros(1)}, 'args': {'model': 'deit_tiny_patch16_shrink_base'}})
+    name = 'deit_tiny_patch16_shrink_base'
+    ckpt.save(
+        evit, {'model': timm.create_model(name, img_size=32).state_dict(), 'args': {'model': name, 'input_size': 32}}
+    )
     for argv, message, code in (
         ([dhvt, names[0], '--layers', '4'], '--layers 4: the model has layers 0 to 3', 2),
         ([dhvt, names[0], '--size', '18', '16'], 'needs multiples of its patch size, 4', 2),
@@ -176,7 +180,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ([dhvt, dhvt], 'cannot be read as an image', 1),
         ([dhvt, str(tmp_path / 'absent.png')], 'absent.png: No such file', 1),
         ([str(resnet), names[0]], 'a DHVT or a DeiT is needed', 1),
-        ([str(nameless), names[0]], 'does not say which model', 1),
+        ([str(nameless), names[0]], 'does not say which model', 2),
         ([str(evit), names[0]], 'draw evit-mask', 1),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -105,6 +105,7 @@ def get_args_parser() -> FlagParser:
     parser.add_argument('--folds', type=FROM_ONE, help="cross-validation: main.py's, a run of each seed for each fold")
     parser.add_argument('--output', type=Path, help='folder of the runs and the table (output/ablate/TABLE)')
     parser.add_argument('--nproc', type=FROM_ONE, default=1, help='processes that share the batch, by torchrun')
+    parser.add_argument('--accum-steps', type=FROM_ONE, default=1, help='batches of a step that share it, too')
     parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help="beside each row's own")
     parser.add_argument('--show', action='store_true', help='only print the table of the runs that are there')
     parser.add_argument('--dry-run', action='store_true', help='only print the commands')
@@ -125,12 +126,14 @@ def run_flags(table: Table, row: Row, folder: Path, args: argparse.Namespace, fu
     Raises:
         UsageError: if the processes cannot share the batch.
     """
-    if row.batch % args.nproc:
-        raise UsageError(f'--nproc {args.nproc} processes cannot share a total batch of {row.batch}')
+    parts = args.nproc * args.accum_steps
+    if row.batch % parts:
+        raise UsageError(f'--nproc {args.nproc} times --accum-steps {args.accum_steps} does not divide {row.batch}')
     options = [*row.options.split(), *args.model_kwargs]
     numbers = zip(('--seed', '--fold', '--folds'), re.findall(r'\d+', folder.name), strict=False)
     return [
-        *('--model', row.model, *table.flags, '--batch-size', str(row.batch // args.nproc)),
+        *('--model', row.model, *table.flags, '--batch-size', str(row.batch // parts)),
+        *('--accum-steps', str(args.accum_steps)),
         *(*shlex.split(row.flags), *further),
         *(['--model-kwargs', *options] if options else []),
         *(part for pair in numbers for part in pair),

@@ -6,10 +6,11 @@
 | eval   | `engine.evaluate` likewise; its batches are 1.5 times --batch-size, as in every run     |
 | loader | the training loader alone, on the data set that the flags name                           |
 
-A variant is a text of main.py's flags, or `timm:NAME` for a model of timm's registry. Flags that stand outside such a
-text count for all variants; without any the model is DHVT-T/4 at 32 px with batch 128. The variants are measured in
-turn, round after round, in one process: A B A B. Rates are medians over the rounds, ratios medians of the rounds' own,
-with the lowest and the highest. tools/benchmark_augment.py and tools/benchmark_data.py measure what lies before.
+A variant is a text of main.py's flags, such as `--model` with a name of timm's registry. Flags that stand outside
+such a text count for all variants; without any the model is DHVT-T/4 at 32 px with batch 128. The variants are
+measured in turn, round after round, in one process: A B A B. Rates are medians over the rounds, ratios medians of the
+rounds' own, with the lowest and the highest. tools/benchmark_augment.py and tools/benchmark_data.py measure what lies
+before.
 """
 
 from __future__ import annotations
@@ -62,11 +63,9 @@ class Variant:
 def parse_variant(text: str) -> Variant:
     """Raises UsageError for a text that a shell could not split."""
     try:
-        words = shlex.split(text)
+        return Variant(text.strip() or 'as it is', shlex.split(text))
     except ValueError as err:
         raise UsageError(f'{text!r}: {err}') from None
-    flags = [part for word in words for part in (('--model', word[5:]) if word.startswith('timm:') else (word,))]
-    return Variant(text.strip() or 'as it is', flags)
 
 
 def prepare_loader(args: argparse.Namespace, device: torch.device) -> Pass:

@@ -48,7 +48,7 @@ fi
 for entry in "${models[@]}"; do
     IFS=: read -r model size batch deit <<< "$entry"
     sizes=(--device "$device" --input-size "$size" --batch-size "$batch" --rounds "$ROUNDS" --model "dhvt_$model"
-        --baseline "--amp off" --candidate "--amp bf16" --candidate "timm:$deit --amp bf16")
+        --baseline "--amp off" --candidate "--amp bf16" --candidate "--model $deit --amp bf16")
     measure step tools/benchmark.py step "${sizes[@]}" "${compiled[@]}"
     measure eval tools/benchmark.py eval "${sizes[@]}" # is not compiled
 done

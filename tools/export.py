@@ -156,8 +156,8 @@ def write_safetensors(model: nn.Module, settings: Settings, path: Path, origin: 
 def write_timm(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> Forward:
     """A folder for timm.create_model('local-dir:FOLDER', pretrained=True)."""
     path.mkdir()
-    timm_config(model, settings, path / 'config.json', origin)
     (path / 'README.md').write_text(model_card(model, settings, origin), encoding='utf-8')
+    timm_config(model, settings, path / 'config.json', origin)  # takes the claims of timm's registry out of the model
     (path / 'model.safetensors').write_bytes(ckpt.to_safetensors(model.state_dict(), describe(settings)))
     return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
 
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, settings, loaded = load_chosen(args)
         reference = model
         if args.fold_bn:
-            model, difference = fold_if_equal(model, settings.input_size, settings.reading.channels)
+            model, difference = fold_if_equal(model, settings.shape)
             print(f'BatchNorms folded; largest difference of logits {difference:.2g}')
         origin = Origin(loaded, ema=args.ema, license=args.license, name=args.push, url=url)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def peak_memory(flags: Sequence[str]) -> float:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise InputError(f'{" ".join(flags)}: exit code {process.returncode}')
-    return usage.ru_maxrss / 2**20
+    return usage.ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20)  # of bytes there, of KiB elsewhere
 
 
 def main(argv: Sequence[str] | None = None) -> None:

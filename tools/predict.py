@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,14 +217,6 @@ def write_to(out: str | None, write: Callable[[IO[str]], None]) -> None:
         ckpt.write_file(path, write_bytes)
 
 
-def fold_if_possible(model: nn.Module, input_size: int, channels: int = 3) -> nn.Module:
-    """A model with its BatchNorms folded; the model itself where that would change its outputs."""
-    try:
-        return fold_if_equal(model, input_size, channels)[0]
-    except InputError:
-        return model
-
-
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -285,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, settings, _ = load_chosen(args)
         stored = settings.args.get('amp')
         amp_dtype = find_amp_dtype(args.amp or (stored if stored in PRECISIONS else 'auto'), device)
-        model = fold_if_possible(model, settings.input_size, settings.reading.channels).to(device)
+        with suppress(InputError):  # where folding would change the logits
+            model, _ = fold_if_equal(model, settings.shape)
+        model = model.to(device)
         topk = min(args.topk, len(settings.classes))
         answer = partial(predict, model, settings.classes, amp_dtype=amp_dtype, topk=topk, tta=args.tta)
         counts = Counts()

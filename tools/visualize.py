@@ -40,14 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, PART, FlagParser
-from config.models import evit_kwargs, keeps_tokens_by_rate
-from config.pretrained import Settings, load_trained, read_image
+from config.models import evit_kwargs
+from config.pretrained import Settings, add_checkpoint_flags, load_chosen, read_image
 from models.dhvt import DHVT
 from models.evit import EViT
 from models.speed import plain_attention
 from reports.figures import drawable, set_fonts, shorten_text
 from training import checkpoint as ckpt
-from training.weights import stored_args
 from utils import InputError, UsageError, one_line
 
 KEPT, FUSED, DROPPED = 0, 1, 2
@@ -60,7 +59,7 @@ Drawn = tuple[Callable[[IO[bytes]], object], str]  # what writes the PNG, and wh
 def get_args_parser() -> FlagParser:
     parser = FlagParser('visualize.py', description='Draw what a trained model looks at.')
     parser.add_argument('what', choices=('attention', 'evit-mask'))
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of main.py, path or URL')
+    add_checkpoint_flags(parser)
     parser.add_argument('images', nargs='+', metavar='IMAGE', type=os.path.abspath)
     parser.add_argument('--out', type=os.path.abspath, help='the PNG to write (attention.png, evit-mask.png)')
     group = parser.add_argument_group('attention')
@@ -115,32 +114,20 @@ def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
     return Seen(attention, channels, probabilities, grid, int(model.num_prefix_tokens))
 
 
-def is_evit(path: str) -> bool:
-    """Whether a checkpoint is of an EViT.
-
-    Raises:
-        InputError: if it does not say.
-    """
-    name = stored_args(ckpt.load(path)).get('model')
-    if name is None:
-        raise InputError(f'{path} does not say which model it is of')
-    return keeps_tokens_by_rate(str(name))
-
-
-def load_attentive(path: str, size: Size | None) -> tuple[DHVT | VisionTransformer, Settings, Size]:
-    """The DHVT or DeiT of a checkpoint in eval mode, its settings, and its images' (height, width), `size` if given.
+def load_attentive(args: argparse.Namespace) -> tuple[DHVT | VisionTransformer, Settings, Size]:
+    """The DHVT or DeiT that is asked for in eval mode, its settings, and its images' (height, width).
 
     Raises:
         InputError: if the checkpoint is of another model.
         UsageError: if the model cannot have that size.
     """
-    if is_evit(path):
-        raise InputError(f'{path} is of an EViT, whose patches move from layer to layer: draw evit-mask')
-    model, settings, _ = load_trained(path)
+    model, settings, _ = load_chosen(args)
     own = (settings.input_size, settings.input_size)
-    size = size or own
+    size = tuple(args.size or own)
+    if isinstance(model, EViT):
+        raise InputError(f'{args.checkpoint} is of an EViT, whose patches move from layer to layer: draw evit-mask')
     if not isinstance(model, (DHVT, VisionTransformer)):
-        raise InputError(f'{path} is of {settings.name}: a DHVT or a DeiT is needed')
+        raise InputError(f'{args.checkpoint} is of {settings.name}: a DHVT or a DeiT is needed')
     sides = to_2tuple(model.patch_embed.patch_size)
     if size[0] % sides[0] or size[1] % sides[1]:
         raise UsageError(f'--size {size[0]} {size[1]}: {settings.name} needs multiples of its patch size, {sides[0]}')
@@ -152,7 +139,7 @@ def load_attentive(path: str, size: Size | None) -> tuple[DHVT | VisionTransform
     return model, settings, size
 
 
-def choose_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
+def choose_blocks(layers: Sequence[int] | None, depth: int) -> list[int]:
     """The layers that were asked for, or the last of each quarter: 2, 5, 8 and 11 of twelve.
 
     Raises:
@@ -228,9 +215,9 @@ def draw_attention(pictures: list[Image.Image], names: list[str], seen: list[See
 
 
 def attention(args: argparse.Namespace) -> Drawn:
-    model, settings, (height, width) = load_attentive(args.checkpoint, tuple(args.size) if args.size else None)
+    model, settings, (height, width) = load_attentive(args)
     classes = settings.classes
-    layers = choose_layers(args.layers, len(model.blocks))
+    layers = choose_blocks(args.layers, len(model.blocks))
     pictures, seen = [], []
     scale = max(1, -(-240 // height))  # shown in more detail than the model sees
     for path in args.images:
@@ -301,11 +288,10 @@ def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]]
 
 
 def evit_mask(args: argparse.Namespace) -> Drawn:
-    if not is_evit(args.checkpoint):
-        raise InputError(f'{args.checkpoint} is not of an EViT (deit_…_shrink_base)')
     given = {'base_keep_rate': args.base_keep_rate, 'fuse_token': args.fuse_token or None}
-    model, settings, _ = load_trained(args.checkpoint, further=evit_kwargs(given))
-    assert isinstance(model, EViT)
+    model, settings, _ = load_chosen(args, further=evit_kwargs(given))
+    if not isinstance(model, EViT):
+        raise InputError(f'{args.checkpoint} is not of an EViT (deit_…_shrink_base)')
     mean, std = (torch.tensor(value)[:, None, None] for value in (settings.mean, settings.std))
     pictures, states = [], []
     for path in args.images:
