@@ -248,7 +248,7 @@ def evaluate(
     for images, targets in progress:
         if stop is not None and stop():
             break
-        progress.images += len(images)
+        progress.images += len(images) * (get_world_size() if sharded else 1)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         logits = forward(model, images, amp_dtype, keep_rate)

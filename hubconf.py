@@ -67,7 +67,10 @@ def _entry_point(name: str, create: _typing.Callable[..., _typing.Any]) -> _typi
         build = _importlib.import_module(f'{_models.__name__}.ablations').create_model  # timm's, and ablations
         if checkpoint is None:
             return build(name, **kwargs)
-        trained = _import_trained()
+        try:
+            trained = _import_trained()
+        except ModuleNotFoundError as err:
+            raise ModuleNotFoundError(f'checkpoint= needs the packages of requirements.txt: {err}') from None
         loaded = trained.ckpt.load(checkpoint)
         weights = trained.model_weights(loaded, checkpoint)
         size = kwargs.pop('img_size', None)

@@ -117,9 +117,7 @@ def evaluate_only(
     report_accuracy(stats)
     if args.export_safetensors and is_main_process():
         described = ckpt.description({**checkpoint, 'args': vars(args), 'classes': classes})
-        path = Path(args.export_safetensors)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ckpt.write_bytes(path, ckpt.to_safetensors(model.state_dict(), described))
+        ckpt.write_bytes(Path(args.export_safetensors), ckpt.to_safetensors(model.state_dict(), described))
     return {f'test_{name}': value for name, value in stats.items()}
 
 

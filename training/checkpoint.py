@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import io
 import json
 import os
 import re
-import struct
 import uuid
 import zipfile
 from collections.abc import Callable, Mapping
@@ -30,9 +28,6 @@ from training.download import cache_path, fetch
 from training.weights import stored_args
 from utils import InputError, log, one_line
 
-COMMENT = b'sha256 '
-COMMENT_LENGTH = len(COMMENT) + 64
-NO_COMMENT = b'PK\x05\x06' + bytes(18)  # a zip archive's last record: counts, offsets, length of the comment
 TEMPORARY = '.dhvt-partial'  # how names of files end that are not whole yet
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
 PLAIN = (
@@ -107,31 +102,15 @@ def remove_temporary(folder: Path) -> None:
 
 
 def to_bytes(checkpoint: Mapping[str, Any]) -> bytes:
-    """A checkpoint of tensors and plain Python values as the bytes of a file that `torch.load` reads.
-
-    The file is a zip archive; its SHA-256 stands at its end, where zip archives have room for a comment.
-    """
+    """A checkpoint of tensors and plain Python values as the bytes of a file that `torch.load` reads."""
     buffer = io.BytesIO()
     torch.save(dict(checkpoint), buffer)
-    body = buffer.getvalue()
-    assert body[-len(NO_COMMENT) :][:4] == NO_COMMENT[:4], 'torch.save ends its files otherwise than it did'
-    body = body[:-2] + struct.pack('<H', COMMENT_LENGTH)
-    return body + COMMENT + hashlib.sha256(body).hexdigest().encode()
+    return buffer.getvalue()
 
 
 def save(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Writes a checkpoint of tensors and plain Python values, with its checksum, to `path`."""
+    """Writes a checkpoint of tensors and plain Python values to `path`."""
     write_bytes(path, to_bytes(checkpoint))
-
-
-def _is_whole(data: bytes) -> bool:
-    """Whether a file's bytes are those that were written, as far as the file can say: others' have no checksum."""
-    if data[:4] != b'PK\x03\x04':  # PyTorch's format before 1.6
-        return True
-    body, comment = data[:-COMMENT_LENGTH], data[-COMMENT_LENGTH:]
-    if comment.startswith(COMMENT):
-        return comment[len(COMMENT) :] == hashlib.sha256(body).hexdigest().encode()
-    return data[-22:-18] == NO_COMMENT[:4] and data[-2:] == NO_COMMENT[-2:]
 
 
 def _is_safetensors(data: bytes) -> bool:
@@ -144,14 +123,14 @@ def _check_ends(path: Path, source: str) -> None:
     with path.open('rb') as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(9)
-        file.seek(max(size - COMMENT_LENGTH - len(NO_COMMENT), 0))
+        file.seek(max(size - 1, 0))
         end = file.read()
     if _is_safetensors(start):
         plausible = 8 < int.from_bytes(start[:8], 'little') + 8 <= size
     elif start[:2] == b'PK':
-        plausible = NO_COMMENT[:4] in end
+        plausible = zipfile.is_zipfile(path)  # which looks at its end
     else:
-        plausible = start[:1] == b'\x80' and end[-1:] != b'\0' * (size > 1 << 30)  # PyTorch's format before 1.6
+        plausible = start[:1] == b'\x80' and end != b'\0' * (size > 1 << 30)  # PyTorch's format before 1.6
     if not plausible:
         raise InputError(f'{source} is damaged, or no checkpoint of PyTorch')
 
@@ -207,16 +186,20 @@ def read(source: str) -> bytes:
         raise InputError(f'{source} cannot be read: its {path.stat().st_size >> 30} GiB need more memory') from None
 
 
-def _check_sizes(data: bytes, source: str) -> None:
-    """Refuses a zip archive that says to hold more than the file itself."""
+def _check_archive(data: bytes, source: str) -> None:
+    """Refuses a zip archive whose records are not as their checksums say, or that says to hold more than the file."""
     try:
-        members = zipfile.ZipFile(io.BytesIO(data)).infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        raise InputError(f'{source} is damaged, or no checkpoint of PyTorch') from None
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise InputError(f'{source}: refused, it is compressed, and could take any amount of memory')
-    if sum(member.file_size for member in members) > len(data):
-        raise InputError(f'{source} is damaged: it says that it holds more than its {len(data)} bytes')
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise InputError(f'{source}: refused, it is compressed, and could take any amount of memory')
+            if sum(member.file_size for member in members) > len(data):
+                raise InputError(f'{source} is damaged: it says that it holds more than its {len(data)} bytes')
+            whole = archive.testzip() is None and not any(member.external_attr & 0x10 for member in members)  # folders
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, OSError):
+        whole = False
+    if not whole:
+        raise InputError(f'{source} is damaged, or no checkpoint of PyTorch')
 
 
 def check_plain(value: Any, what: str) -> None:
@@ -273,10 +256,8 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
     """
     if _is_safetensors(data):
         return checked(_from_safetensors(data, source), source)
-    if not _is_whole(data):
-        raise InputError(f'{source} is damaged: it was cut off or altered after it was written')
     if data[:2] == b'PK':
-        _check_sizes(data, source)
+        _check_archive(data, source)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)

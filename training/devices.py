@@ -16,25 +16,20 @@ from utils import UsageError
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def default_device(process: Process) -> str:
-    """'cuda', 'mps' or 'cpu': the best that this machine has, and that a group of processes can use."""
-    if torch.cuda.is_available():
-        return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() and process.world_size == 1 else 'cpu'
-
-
 def find_device(name: str | None, *, process: Process | None = None) -> torch.device:
     """The device of a name such as 'cuda', 'cuda:1', 'cpu'; 'cuda' alone means the GPU of the process's local rank.
 
     Args:
-        name: `default_device`'s if None.
+        name: None for the best that this machine has, and that a group of processes can use.
         process: this one in its group; None where it is alone.
 
     Raises:
         UsageError: if there is no such device here.
     """
     process = process or Process()
-    name = name or default_device(process)
+    if name is None:
+        mps = torch.backends.mps.is_available() and process.world_size == 1
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     try:
         device = torch.device(name)
         if device.type not in ('cuda', 'mps', 'cpu'):

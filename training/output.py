@@ -278,10 +278,12 @@ class OutputFolder(BackgroundWriter):
         try:
             super().close()
             if self._export and not self._exported and self.path:
-                state = ckpt.load(str(self.path))  # of an earlier start
-                if not (self.path / BEST).is_file():
-                    log(f'Warning: {self.path / BEST} is gone: {self._export} has the weights of the newest checkpoint')
-                ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.description(state)))
+                best = self.path / BEST
+                if best.is_file():  # of an earlier start
+                    state = ckpt.load(str(best))
+                    ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.description(state)))
+                else:
+                    log(f'Warning: there is no {best}: {self._export} is not written')
         finally:
             for writer in self.writers:
                 writer.close()

@@ -93,29 +93,25 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str) -
     what = f"{source}: the optimizer's"
     if not isinstance(state, Mapping) or not isinstance(state.get('state'), Mapping):
         raise InputError(f'{what} state is none')
-    groups = state.get('param_groups')
-    sizes = [len(group['params']) for group in own['param_groups']]
-    if (
-        not isinstance(groups, Sequence)
-        or not all(isinstance(group, Mapping) and isinstance(group.get('params'), list) for group in groups)
-        or [len(group['params']) for group in groups] != sizes
-    ):
-        raise InputError(f'{source} is of a run with other parameters in its optimizer')
-    numbers = [number for group in groups for number in group['params']]
-    own_numbers = [number for group in own['param_groups'] for number in group['params']]
-    if not all(isinstance(number, int) for number in numbers) or len(set(numbers)) < len(numbers):
+    groups: Any = state.get('param_groups')
+    own_groups = own['param_groups']
+    right = isinstance(groups, Sequence) and all(
+        isinstance(group, Mapping)
+        and isinstance(group.get('params'), list)
+        and all(type(number) is int for number in group['params'])
+        for group in groups
+    )
+    if not right or [group['params'] for group in groups] != [group['params'] for group in own_groups]:
         raise InputError(f'{source} is of a run with other parameters in its optimizer')
     loaded = []
-    for group, fresh in zip(groups, own['param_groups'], strict=True):
-        options = like(group, {name: fresh[name] for name in fresh if name not in IMPLEMENTATION}, f'{what} group')
-        loaded.append({**fresh, **options, 'params': group['params']})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    fresh_of = dict(zip(numbers, zip(own_numbers, parameters, strict=True), strict=True))
+    for group, fresh in zip(groups, own_groups, strict=True):
+        options = {name: fresh[name] for name in fresh if name not in IMPLEMENTATION}
+        loaded.append({**fresh, **like(group, options, f'{what} group')})
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group['params']))
     for number, entries in state['state'].items():
-        if number not in fresh_of or not isinstance(entries, Mapping):
+        if number not in parameters or not isinstance(entries, Mapping):
             raise InputError(f'{what} state of parameter {number!r:.20} is of no such parameter')
-        own_number, parameter = fresh_of[number]
-        fresh = own['state'].get(own_number, {})
+        parameter, fresh = parameters[number], own['state'].get(number, {})
         for name in sorted({*map(str, fresh), *map(str, entries)}):
             if name not in entries:
                 raise InputError(f'{what} {name} of parameter {number} is missing')
