@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.distributed_sampler import RepeatAugSampler as RASampler  # as the published code calls it
 from torch.utils.data import DistributedSampler, Sampler
-
-
-class RASampler(RepeatAugSampler):
-    """Repeated augmentation: each image stands in an epoch up to three times, augmented anew each time.
-
-    Gives the published sampler's sequence of indices: a permutation seeded with the epoch alone, each index repeated,
-    dealt out to the processes in turn, of which each keeps its share of the data set's length rounded down to a
-    multiple of 256. An epoch is thus as long as without repetition and shows about a third of the images. Below 256
-    images the published one is empty; this one then keeps the whole length. Source: DeiT (Touvron et al. 2021),
-    after Hoffer et al., "Augment your batch", CVPR 2020.
-
-    Call `set_epoch` before each epoch.
-    """
-
-    def __init__(self, dataset: Sized, *, num_replicas: int = 1, rank: int = 0) -> None:
-        selected_round = 256 if len(dataset) >= 256 else 0
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, selected_round=selected_round)
 
 
 class BalancedSampler(Sampler[int]):
@@ -92,7 +75,8 @@ class TrainBatches(Sampler[list[Draw]]):
 
     Args:
         batch_size: draws for each process and batch.
-        repeated: use repeated augmentation.
+        repeated: use repeated augmentation, DeiT's (Touvron et al. 2021) after Hoffer et al., "Augment your batch",
+            CVPR 2020.
         even: give each process an even number of draws, which mixing needs.
         balanced: class indices (num_images,), to draw each class equally often, in the order of a `seed`.
     """
@@ -116,8 +100,11 @@ class TrainBatches(Sampler[list[Draw]]):
         self._sampler: RASampler | DistributedSampler | BalancedSampler
         if balanced is not None:
             self._sampler = BalancedSampler(balanced, seed=seed, num_repeats=3 if repeated else 1)
-        elif repeated:  # over one process: the sequence that the published samplers deal out to several
-            self._sampler = RASampler(range(num_images))
+        elif repeated:
+            # A permutation seeded with the epoch alone, each index three times in a row, as long as the data set
+            # rounded down to a multiple of 256, if it has so many: it shows about a third of the images. Over one
+            # process: the sequence that the published samplers deal out to several.
+            self._sampler = RASampler(range(num_images), num_replicas=1, rank=0)
         else:
             self._sampler = DistributedSampler(range(num_images), num_replicas=1, rank=0)  # type: ignore[arg-type]
         length = len(self._sampler)
@@ -185,20 +172,3 @@ class TrainBatches(Sampler[list[Draw]]):
         order = self._order()
         for batch in self._batches:
             yield self._deal(batch, self.rank, order)
-
-
-class EvalSampler(Sampler[int]):
-    """Every `num_replicas`-th image from `rank` on: over all processes each image exactly once, with no padding.
-
-    Shares differ by one image where the number of processes does not divide the data set's length, so the loop that
-    uses them must not communicate at each batch.
-    """
-
-    def __init__(self, dataset: Sized, *, num_replicas: int = 1, rank: int = 0) -> None:
-        self.indices = range(rank, len(dataset), num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)

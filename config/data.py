@@ -15,7 +15,7 @@ from config.pretrained import find_reading
 from datasets import DataSource, HoldOut, Splits, build_datasets
 from pipeline.loaders import LoaderOptions, TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
-from samplers import EvalSampler, TrainBatches
+from samplers import TrainBatches
 from training.distributed import Process, in_turn
 from utils import InputError, SizedLoader, UsageError
 
@@ -120,12 +120,12 @@ def open_loaders(
     args: argparse.Namespace, splits: Splits, process: Process, device: torch.device
 ) -> tuple[TrainLoader | None, SizedLoader, str]:
     """The loaders of training, None for evaluation only, and of evaluation; and how training images are augmented."""
-    share = (process.world_size, process.rank) if args.dist_eval else (1, 0)
+    first, step = (process.rank, process.world_size) if args.dist_eval else (0, 1)
     return build_loaders(
         splits.train,
         splits.val,
         batches=plan_batches(args, splits, process),
-        shard=EvalSampler(splits.val, num_replicas=share[0], rank=share[1]),
+        shard=range(first, len(splits.val), step),  # each image once over all processes, with no padding
         eval_batch_size=int(1.5 * args.batch_size),
         augmentation=find_augmentation(args),
         seed=args.seed,

@@ -86,6 +86,8 @@ class ArrowDataset(ImageDataset):
             tables = [pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in self._files]
             self._images = pa.chunked_array([chunk for table in tables for chunk in table[self._column].chunks])
         image = self._images[position].as_py()
+        if image is None:
+            raise ValueError('the data set has none there')
         return read_file(image['path']) if image['bytes'] is None else image['bytes']
 
 
@@ -115,7 +117,7 @@ def open_hugging_face(
             builder.download_and_prepare()
             features, splits = builder.info.features, builder.info.splits
             image = _find_column(features, 'image', package.Image)
-            label = _find_column(features, 'label', package.ClassLabel)
+            label = 'label' if 'label' in features else _find_column(features, 'label', package.ClassLabel)
             names = {split: next((own for own in SPLIT_NAMES[split] if own in splits), '') for split in on_bad_image}
             readers = {
                 split: create_reader(source, root=str(root), split=own, input_key=image, target_key=label)
@@ -135,8 +137,8 @@ def open_hugging_face(
 
 
 def _find_column(features: Mapping[str, Any], name: str, kind: type) -> str:
-    """A column by its name, or else the first one of a kind."""
-    found = name if name in features else next((key for key in features if isinstance(features[key], kind)), None)
+    """The column of a kind that has the name, or else the first one."""
+    found = next((key for key in (name, *features) if isinstance(features.get(key), kind)), None)
     if found is None:
-        raise InputError(f'it has no column {name} and none of the kind {kind.__name__}, but {shorten(features)}')
+        raise InputError(f'it has no column of the kind {kind.__name__} ({name}), but {shorten(features)}')
     return found

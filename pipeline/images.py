@@ -71,8 +71,8 @@ class Reading:
 
         Raises:
             ValueError: for floating point and larger integers without `value_range`; if all of 16 bits lie in the
-                lowest sixteenth of the range, as 12-bit data does, which would become black; and for colours of 16
-                bits with it, of which Pillow reads eight.
+                lowest sixteenth of the range, as 12-bit data does, which would become black, unless all are black;
+                and for colours of 16 bits with it, of which Pillow reads eight.
         """
         is_deep = image.mode.startswith('I') or any(';16' in str(tile) for tile in getattr(image, 'tile', [])[:1])
         if self.exif_orientation:
@@ -88,7 +88,7 @@ class Reading:
             image.load()
         else:
             image = image.convert(self.mode)
-        if is_deep and self.value_range is None and np.asarray(image).max() < 16:
+        if is_deep and self.value_range is None and 0 < np.asarray(image).max() < 16:
             raise ValueError(
                 'its 16-bit values are all below 4096, as of 12-bit data: scale them to 0..65535, or give '
                 '--value-range 0 4095'

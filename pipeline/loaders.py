@@ -16,7 +16,7 @@ from pipeline.augment import BatchedAugment
 from pipeline.images import ImageDataset
 from pipeline.transforms import Augmentation, AugmentedImages, normalization
 from pipeline.workers import check_loader_processes, deadline, ignore_signals
-from samplers import EvalSampler, TrainBatches
+from samplers import TrainBatches
 from utils import SizedLoader, UsageError, log
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S), class indices (B,)
@@ -135,7 +135,8 @@ class CachedLoader:
             draws = torch.from_numpy(np.array(batch)).view(len(batch), -1)  # (B, 3); (B, 1) at evaluation
             places = draws[:, 0]
             if self.device.type == 'cuda':
-                places = places.pin_memory().to(self.device, non_blocking=True)
+                places = places.pin_memory()
+            places = places.to(self.device, non_blocking=True)
             yield self.augment(self.images.index_select(0, places), draws), self.targets[places]
 
 
@@ -213,7 +214,7 @@ def build_loaders(
     val: ImageDataset,
     *,
     batches: TrainBatches | None,
-    shard: EvalSampler,
+    shard: range,
     eval_batch_size: int,
     augmentation: Augmentation,
     seed: int,
@@ -226,7 +227,8 @@ def build_loaders(
 
     Args:
         train, batches: what is trained with, and its batches; None for evaluation alone.
-        val, shard: what is evaluated, and this process's share of it.
+        val, shard: what is evaluated, and this process's share of it. Shares may differ by an image, so the loop that
+            uses them must not communicate at each batch.
 
     Raises:
         UsageError: if the policy is not covered by what is asked for.
@@ -259,9 +261,7 @@ def build_loaders(
     if keeps_val:
         val.transform = augmentation.crop(train=False)
         places = BatchSampler(range(len(shard)), eval_batch_size, drop_last=False)
-        cached = CachedLoader(
-            val, shard.indices, places, Normalize(augmentation.channels, device), size=size, options=options
-        )
+        cached = CachedLoader(val, shard, places, Normalize(augmentation.channels, device), size=size, options=options)
         return loader, cached, kind
     val.transform = augmentation.transform(train=False)
     return loader, options.loader(val, sampler=shard, batch_size=eval_batch_size), kind

@@ -157,6 +157,7 @@ def test_sixteen_bits_of_every_kind_keep_the_upper_eight() -> None:
                  encode(Image.fromarray(grey.astype(np.uint16)), 'PPM')):  # fmt: skip
         np.testing.assert_array_equal(np.asarray(decode(data))[..., 1], expected)
     np.testing.assert_array_equal(np.asarray(decode(deep_png(RAMP.reshape(8, 8, 3)))), expected.reshape(8, 8, 3))
+    assert np.asarray(decode(deep_png(np.zeros((8, 8, 3), np.uint16)))).max() == 0  # all black, whatever the range
     assert np.asarray(decode(encode(Image.new('L', (8, 8), 3), 'PNG'))).max() == 3  # dark, but of 8 bits
 
 

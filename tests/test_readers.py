@@ -28,6 +28,7 @@ from config.data import load_splits
 from config.flags import data_set
 from datasets import DataSource, HoldOut, build_datasets
 from pipeline.file_dataset import ArrayDataset, ItemDataset
+from pipeline.images import BadImageError
 from pipeline.readers import open_torch
 from reports.predictions import predict
 from reports.runs import read_run
@@ -204,6 +205,26 @@ def test_a_split_without_labels_is_left_out(hub_folder: tuple[str, Path]) -> Non
     parquet.write_table(table.set_column(1, table.schema.field(1), pa.array([-1] * 16)), path)
     splits = build_datasets(DataSource(name, str(root)))
     assert splits.test is None and len(splits.val) == len(build_datasets(DataSource(name, str(root)), train=False).val)
+
+
+@needs_package
+def test_an_image_that_is_not_there(hub_folder: tuple[str, Path]) -> None:
+    name, root = hub_folder
+    path = Path(name.removeprefix('hfds/')) / 'validation-00000-of-00001.parquet'
+    table = parquet.read_table(path)
+    images = pa.array([None, *table['img'].to_pylist()[1:]], table.schema.field(0).type)
+    parquet.write_table(table.set_column(0, table.schema.field(0), images), path)
+    for split in ('train', 'validation', 'test'):
+        other = path.with_name(f'{split}-00000-of-00001.parquet')
+        table = parquet.read_table(other)
+        described = json.loads(table.schema.metadata[b'huggingface'])
+        described['info']['features']['image'] = {'dtype': 'string', '_type': 'Value'}
+        table = table.append_column('image', pa.array(['a path'] * len(table)))
+        parquet.write_table(table.replace_schema_metadata({'huggingface': json.dumps(described)}), other)
+    splits = build_datasets(DataSource(name, str(root)))
+    with pytest.raises(BadImageError, match='the data set has none there'):
+        splits.val.load(0)
+    assert splits.val.load(1).size == splits.train.load(0).size
 
 
 class Shapes(torch.utils.data.Dataset[Any]):

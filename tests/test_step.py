@@ -22,7 +22,7 @@ from datasets import load_digits
 from main import main
 from pipeline.loaders import CachedLoader, LoaderOptions, Prefetched, build_loaders
 from pipeline.transforms import Augmentation
-from samplers import EvalSampler, TrainBatches
+from samplers import TrainBatches
 from tests.conftest import PLAIN, SMALL_MODEL
 from training import checkpoint as ckpt
 from training.devices import num_compiled_graphs
@@ -43,7 +43,7 @@ def loaders(augmentation: Augmentation, **kwargs: Any) -> tuple[Any, Any, str]:
     batches = TrainBatches(len(train), batch_size=64)
     options = LoaderOptions(**{'device': CPU, 'workers': 0, **kwargs})
     return build_loaders(
-        train, val, batches=batches, shard=EvalSampler(val), eval_batch_size=96, augmentation=augmentation, seed=0,
+        train, val, batches=batches, shard=range(len(val)), eval_batch_size=96, augmentation=augmentation, seed=0,
         options=options,
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_large_images_are_cropped_in_the_loader(make_folder: MakeFolder) -> None
         assert splits.train is not None
         loader, _, kind = build_loaders(
             splits.train, splits.val, batches=TrainBatches(16, batch_size=8, repeated=True),
-            shard=EvalSampler(splits.val), eval_batch_size=8, augmentation=augmentation, seed=1,
+            shard=range(len(splits.val)), eval_batch_size=8, augmentation=augmentation, seed=1,
             options=LoaderOptions(device=CPU, workers=workers, augment='batched')
         )  # fmt: skip
         assert kind == 'batched' and not isinstance(loader, CachedLoader)

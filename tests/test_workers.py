@@ -23,7 +23,7 @@ from datasets import DataSource, build_datasets
 from pipeline.loaders import LoaderOptions, build_loaders
 from pipeline.transforms import Augmentation
 from pipeline.workers import end_with_parent, no_children_left
-from samplers import EvalSampler, TrainBatches
+from samplers import TrainBatches
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 
 RUN = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--num_workers', '2', '--augment', 'pil', '--epochs', '1']
@@ -91,7 +91,7 @@ def test_eight_processes_keep_ahead_of_a_slow_step(make_folder: Callable[..., Pa
     splits = build_datasets(DataSource('FOLDER', str(root)))
     assert splits.train is not None
     augmented: Any = build_loaders(
-        splits.train, splits.val, batches=TrainBatches(120, batch_size=batch_size), shard=EvalSampler(splits.val),
+        splits.train, splits.val, batches=TrainBatches(120, batch_size=batch_size), shard=range(len(splits.val)),
         eval_batch_size=8, augmentation=Augmentation(input_size=36), seed=0,
         options=LoaderOptions(device=torch.device('cpu'), workers=workers, augment='batched'),
     )[0]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.augment.erasing import Erasing, erase, plan_erasing
 from pipeline.augment.pixels import apply_step
-from pipeline.augment.policy import CUBIC_SHARE, OPS, plan_jitter, plan_ops, read_policy
+from pipeline.augment.policy import OPS, plan_jitter, plan_ops, read_policy
 from pipeline.augment.random_numbers import Purpose, sample_keys, uniforms
 from pipeline.augment.steps import Size, Step, make_step, send
 from pipeline.transforms import Augmentation, normalization
@@ -75,19 +75,10 @@ class BatchedAugment:
             float32, where a pixel of a geometric op may differ by a grey level.
 
     Raises:
-        UsageError: for a policy, an op or a mode that is not covered.
+        UsageError: for a policy or an op that is not covered.
     """
 
     def __init__(self, settings: Augmentation, *, seed: int, exact: bool = False) -> None:
-        if settings.interpolation not in CUBIC_SHARE:
-            raise UsageError(
-                f'--train-interpolation {settings.interpolation}: batched augmentation covers random, bilinear and '
-                'bicubic; use --augment pil'
-            )
-        if settings.re_mode not in ('const', 'rand', 'pixel'):
-            raise UsageError(f'--remode {settings.re_mode}: batched augmentation knows const, rand and pixel')
-        if settings.color_jitter < 0 or settings.re_count < 1:
-            raise UsageError('--color-jitter must be 0 or more, and --recount 1 or more')
         self.settings = settings
         self.seed = seed
         self.exact = exact

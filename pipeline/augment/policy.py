@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import AugmentOp, RandAugment, rand_augment_transform
 
 from pipeline.augment.random_numbers import Purpose, normals, uniforms
 from pipeline.augment.steps import Size, Step, make_step, merge_steps
@@ -72,34 +72,18 @@ OPS = {
 }
 
 
-@dataclass(frozen=True)
-class Policy:
-    """RandAugment's settings, as timm reads them from a policy string.
-
-    `weights` (ops,) are None where ops are drawn with replacement, each as likely as the others. A level is normal
-    around `magnitude`, or uniform from 0 to it where `magnitude_std` is infinite.
-    """
-
-    names: tuple[str, ...]
-    num_layers: int
-    prob: float
-    magnitude: float
-    magnitude_std: float
-    magnitude_max: float
-    weights: np.ndarray | None
-
-    def levels(self, noise: np.ndarray) -> np.ndarray:
-        """Levels from two uniform numbers each, (..., 2)."""
-        level = np.full(noise.shape[:-1], float(self.magnitude))
-        if self.magnitude_std == math.inf:
-            level = self.magnitude * noise[..., 0]
-        elif self.magnitude_std > 0:
-            level = self.magnitude + self.magnitude_std * normals(noise[..., 0], noise[..., 1])
-        return np.clip(level, 0.0, self.magnitude_max)
+def _draw_levels(op: AugmentOp, noise: np.ndarray) -> np.ndarray:
+    """Levels from two uniform numbers each (..., 2), distributed as timm's op draws its own."""
+    level = np.full(noise.shape[:-1], float(op.magnitude))
+    if op.magnitude_std == math.inf:
+        level = op.magnitude * noise[..., 0]
+    elif op.magnitude_std > 0:
+        level = op.magnitude + op.magnitude_std * normals(noise[..., 0], noise[..., 1])
+    return np.clip(level, 0.0, op.magnitude_max or 10)
 
 
-def read_policy(text: str) -> Policy:
-    """A policy from timm's own reading of a string such as 'rand-m9-mstd0.5-inc1'.
+def read_policy(text: str) -> RandAugment:
+    """timm's RandAugment for a string such as 'rand-m9-mstd0.5-inc1'.
 
     Raises:
         UsageError: for a string that is no RandAugment policy, or needs an op that is not covered.
@@ -107,22 +91,22 @@ def read_policy(text: str) -> Policy:
     if text.partition('-')[0] != 'rand':
         raise UsageError(f'--aa {text}: batched augmentation covers the rand-… policies only; use --augment pil')
     try:
-        transform = rand_augment_transform(text, {'translate_const': 0})
-        first = transform.ops[0]
-    except (AssertionError, ValueError, KeyError, IndexError) as err:
+        policy = rand_augment_transform(text, {'translate_const': 0})
+        names = [op.name for op in policy.ops]
+        if not names:
+            raise ValueError('it has no ops')
+    except (AssertionError, ValueError, KeyError) as err:
         raise UsageError(f'--aa {text}: timm refuses this ({one_line(err)})') from None
-    names, num_layers, weights = tuple(op.name for op in transform.ops), transform.num_layers, transform.choice_weights
     missing = [name for name in names if name not in OPS]
     if missing:
         raise UsageError(f'--aa {text}: batched augmentation does not cover {", ".join(missing)}; use --augment pil')
-    if weights is not None and num_layers > np.count_nonzero(weights):
-        raise UsageError(f'--aa {text}: {num_layers} ops of {len(names)} without replacement')
-    most = first.magnitude_max or 10
-    return Policy(names, num_layers, first.prob, first.magnitude, first.magnitude_std, most, weights)
+    if policy.choice_weights is not None and policy.num_layers > np.count_nonzero(policy.choice_weights):
+        raise UsageError(f'--aa {text}: {policy.num_layers} ops of {len(names)} without replacement')
+    return policy
 
 
 def plan_ops(
-    policy: Policy, keys: np.ndarray, size: Size, *, interpolation: str
+    policy: RandAugment, keys: np.ndarray, size: Size, *, interpolation: str
 ) -> tuple[np.ndarray, np.ndarray, list[list[Step]]]:
     """The layers of RandAugment.
 
@@ -131,20 +115,20 @@ def plan_ops(
         interpolation: of `CUBIC_SHARE`.
 
     Returns:
-        For each layer and sample the op as its position in the policy's names, -1 where one was drawn but is not
+        For each layer and sample the op as its position in the policy's, -1 where one was drawn but is not
         applied, (layers, B); the levels (layers, B); the steps of each layer.
     """
-    num_layers, num_ops = policy.num_layers, len(policy.names)
+    num_layers, num_ops = policy.num_layers, len(policy.ops)
     numbers = uniforms(keys, Purpose.OPS, num_layers * 6).reshape(len(keys), num_layers, 6)
-    if policy.weights is None:
+    if policy.choice_weights is None:  # with replacement, each as likely as the others
         ops = np.floor(numbers[:, :, 0] * num_ops).astype(np.int64)
     else:
         # In the order of exponential waiting times, ops are drawn in proportion to their weights, each once.
         waiting = -np.log1p(-uniforms(keys, Purpose.WEIGHTED_CHOICE, num_ops))
         with np.errstate(divide='ignore'):
-            ops = np.argsort(waiting / policy.weights, axis=1)[:, :num_layers]
-    ops = np.where(numbers[:, :, 1] < policy.prob, ops, -1)
-    levels = policy.levels(numbers[:, :, 2:4])
+            ops = np.argsort(waiting / policy.choice_weights, axis=1)[:, :num_layers]
+    ops = np.where(numbers[:, :, 1] < policy.ops[0].prob, ops, -1)  # all ops share the settings
+    levels = _draw_levels(policy.ops[0], numbers[:, :, 2:4])
     negative = numbers[:, :, 4] < 0.5
     cubic = numbers[:, :, 5] < CUBIC_SHARE[interpolation]
     # Sorted by interpolation inside of ops: a run of each pair is one step.
@@ -156,7 +140,7 @@ def plan_ops(
         steps = []
         for code, index in zip(present.tolist(), np.split(order, first[1:]), strict=True):
             if code >= 0:
-                info = OPS[policy.names[code // 2]]
+                info = OPS[policy.ops[code // 2].name]
                 argument = levels[index, layer]
                 if info.argument is not None:
                     argument = info.argument(argument, negative[index, layer])
