@@ -76,8 +76,8 @@ class DataSource:
     """Where a data set lies, and how it is read.
 
     Args:
-        name: a row of `DATA_SETS`.
-        path: the data set's folder, or where torchvision puts CIFAR; DIGITS needs none. With `use_lmdb`, the folder of
+        name: a row of `DATA_SETS`, or torch/NAME or hfds/NAME.
+        path: the data set's folder, or where a download is put; DIGITS needs none. With `use_lmdb`, the folder of
             train.lmdb and val.lmdb.
         layout: 'lists', 'folder', or 'auto', which prefers lists, for DomainNet and FOLDER.
         inat_category: the level that iNaturalist's labels are of, 'name' by default.

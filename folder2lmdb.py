@@ -75,9 +75,8 @@ def _read_files(dataset: ImageDataset, max_size: int | None, numbers: Sequence[i
 
 
 class AnyValues(Reading):
-    """Refuses no range of values, which are main.py's to convert."""
-
     def convert(self, image: Image.Image) -> Image.Image:
+        """Refuses no range of values, which are main.py's to convert."""
         image.load()
         return image
 

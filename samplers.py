@@ -111,9 +111,9 @@ class TrainBatches(Sampler[list[Draw]]):
         if not isinstance(self._sampler, RASampler) or num_images < 256:  # the last turn is filled up, or cut off
             length += -length % num_replicas
         self.num_draws = length // self.total_batch * self.total_batch
-        self.start(0)
+        self.set_epoch(0)
 
-    def start(
+    def set_epoch(
         self,
         epoch: int,
         *,

@@ -120,7 +120,7 @@ def explain_error(err: Exception) -> str:
 
 @cache
 def _note_large(width: int, height: int) -> None:
-    """Says once of each size that it is large, in place of Pillow's warning."""
+    """Says once of each size, in each process, that it is large, in place of Pillow's warning."""
     sys.stderr.write(f'Note: an image of {width} x {height} pixels is decoded; it takes {width * height >> 18} MiB\n')
 
 

@@ -19,7 +19,7 @@ from pipeline.workers import check_loader_processes, deadline, ignore_signals
 from samplers import TrainBatches
 from utils import SizedLoader, UsageError, log
 
-Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S), class indices (B,)
+Batch = tuple[Tensor, Tensor]  # images (B, C, S, S), class indices (B,)
 Augment = Callable[[Tensor, Tensor], Tensor]  # of images and their draws
 FEW_IMAGES = 4096  # are read faster than loader processes start
 
@@ -141,7 +141,7 @@ class CachedLoader:
 
 
 class AugmentedLoader:
-    """Training batches uint8 (B, 3, S, S) that loader processes decode and crop, augmented on the device."""
+    """Training batches uint8 (B, C, S, S) that loader processes decode and crop, augmented on the device."""
 
     def __init__(self, loader: DataLoader, augment: Augment, device: torch.device) -> None:
         self.loader = loader

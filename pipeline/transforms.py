@@ -16,7 +16,7 @@ from pipeline.images import ImageDataset, Transform
 from samplers import Draw
 from utils import UsageError, one_line, seed_all
 
-SMALL_IMAGE = 32  # pixels; up to here a random crop with padding replaces the random resized crop
+SMALL_IMAGE, PADDING = 32, 4  # pixels; up to that size a random crop with padding replaces the random resized crop
 
 
 def normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -35,7 +35,7 @@ class Augmentation:
         channels: of the images, 3 or 1.
         no_aug: use evaluation's transform in training too.
         hflip: probability of a horizontal flip.
-        color_jitter: strength, used where `auto_augment` is not.
+        color_jitter: strength, used where `auto_augment` is not, and beside 3-Augment.
         auto_augment: timm's policy string, or None.
         interpolation: of the training crop: random, bilinear, bicubic.
         re_prob, re_mode, re_count: random erasing's probability, fill (const, rand, pixel) and most boxes an image.
@@ -90,7 +90,7 @@ class Augmentation:
             flags = f'--aa {self.auto_augment} --remode {self.re_mode}'
             raise UsageError(f'{flags}: timm refuses this ({one_line(err)})') from None
         if self.is_small:
-            transform.transforms[:1] = [*self._resize(), transforms.RandomCrop(self.input_size, padding=4)]
+            transform.transforms[:1] = [*self._resize(), transforms.RandomCrop(self.input_size, padding=PADDING)]
         return transform
 
     @property

@@ -354,7 +354,7 @@ def nan_input(root: Path, rng: random.Random) -> None:
 
     folder = root / 'run'
     plan = TrainBatches(1437, batch_size=256, repeated=True)
-    plan.start(1)
+    plan.set_epoch(1)
     batch = rng.randrange(len(plan))
     draw = rng.choice(plan.draws(batch)[0])
     assert train(folder, first=lambda: _poison(draw)) == [1]

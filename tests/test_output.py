@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from main import main
-from tests.conftest import PLAIN, SMALL_MODEL
+from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 from training import checkpoint as ckpt
 from training.output import BackgroundWriter, OutputFolder
 from utils import InputError
@@ -84,3 +87,27 @@ def test_what_waits_keeps_its_place_among_newer_files(tmp_path: Path, monkeypatc
     writer.put(lambda: {tmp_path / 'best.pth': b'2', tmp_path / 'checkpoint.pth': b'2'})
     writer.close()
     assert written == ['log.txt 1', 'best.pth 2', 'checkpoint.pth 2']
+
+
+THREADS = """
+import os, sys, torch
+from training.output import OutputFolder
+
+torch.zeros(2**20).add_(1)  # now this thread has its OpenMP threads
+before = len(os.listdir('/proc/self/task'))
+weights = {'a': torch.zeros(64, 64, 64, 64).to(memory_format=torch.channels_last)}
+output = OutputFolder(sys.argv[1], export=sys.argv[1] + '.safetensors')
+output.save({'model': weights, 'progress': None, 'history': [], 'timings': []}, best=True)
+output.wait()
+print(len(os.listdir('/proc/self/task')) - before)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason='needs /proc')
+def test_a_save_leaves_the_threads_of_the_training_alone(tmp_path: Path) -> None:
+    """OpenMP threads of a second thread make those of the first sleep where they would wait in a loop."""
+    done = subprocess.run(
+        [sys.executable, '-c', THREADS, str(tmp_path / 'out')], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '2'},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == '1\n', done.stdout + done.stderr  # the writer

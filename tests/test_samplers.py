@@ -47,7 +47,7 @@ def all_batches(
     """The batches of each process."""
     plans = [TrainBatches(n, batch_size=batch, num_replicas=replicas, rank=rank, **kwargs) for rank in range(replicas)]
     for plan in plans:
-        plan.start(**(start or {'epoch': 3}))
+        plan.set_epoch(**(start or {'epoch': 3}))
     assert len({len(plan) for plan in plans}) == 1
     batches = [list(plan) for plan in plans]
     assert [len(plan) for plan in plans] == [len(own) for own in batches]
@@ -105,13 +105,13 @@ def test_stretches_are_left_out() -> None:
     (whole,) = all_batches(256, batch=32, replicas=1)
     assert own == [batch for number, batch in enumerate(whole) if number not in (1, 4)]
     plan = TrainBatches(256, batch_size=32)
-    plan.start(**start)
+    plan.set_epoch(**start)
     assert [plan.batch_range(number) for number in range(3)] == [(0, 32), (64, 96), (96, 128)]
 
 
 def test_fewer_draws_than_processes_are_counted() -> None:
     plan = TrainBatches(256, batch_size=2, num_replicas=8)
-    plan.start(0, done=250, num_draws=256)
+    plan.set_epoch(0, done=250, num_draws=256)
     assert (len(plan), plan.unplaced, list(plan)) == (0, 6, [])
 
 

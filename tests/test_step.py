@@ -76,7 +76,7 @@ def test_augmented_batches_are_the_same_from_the_cache_and_from_loader_processes
         assert not isinstance(found, CachedLoader)
         assert same(batches_of(found), batches_of(cached))
     before = batches_of(cached)
-    cached.batch_sampler.start(1)
+    cached.batch_sampler.set_epoch(1)
     assert not torch.equal(batches_of(cached)[0][0], before[0][0])
 
 

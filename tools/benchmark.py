@@ -75,7 +75,7 @@ def prepare_loader(args: argparse.Namespace, device: torch.device) -> Pass:
     epochs = itertools.count()
 
     def read(number: int) -> int:
-        loader.batch_sampler.start(next(epochs))
+        loader.batch_sampler.set_epoch(next(epochs))
         return sum(len(images) for images, _ in itertools.islice(loader, number))
 
     return read

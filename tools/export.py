@@ -7,7 +7,7 @@
 
 What is written is first read back and compared with the model; then it gets its name, and with `--push` it goes to the
 Hub, from where `timm.create_model('hf-hub:OWNER/NAME', pretrained=True)` has it. Each form takes any number of
-images (B, 3, S, S) at once, normalised, and gives logits (B, classes); the classes' names, the image size S, mean and
+images (B, C, S, S) at once, normalised, and gives logits (B, classes); the classes' names, the image size S, mean and
 standard deviation are in it.
 """
 

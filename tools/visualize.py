@@ -240,7 +240,7 @@ def attention(args: argparse.Namespace) -> Drawn:
 
 @torch.no_grad()
 def find_states(model: EViT, image: Tensor) -> dict[int, np.ndarray]:
-    """For each block that shrinks, what has become of each patch of an image (1, 3, H, W), as KEPT, FUSED or DROPPED.
+    """For each block that shrinks, what has become of each patch of an image (1, C, H, W), as KEPT, FUSED or DROPPED.
 
     A fused token that a later block drops takes its patches with it; kept, it leaves them as they are.
 

@@ -248,7 +248,7 @@ class Run:
 
     def _train_epoch(self) -> dict[str, float]:
         progress, state = self.progress, self.state
-        self.batches.start(
+        self.batches.set_epoch(
             progress.epoch,
             done=progress.done,
             num_draws=progress.num_draws,

@@ -15,10 +15,8 @@ from pipeline.augment.pixels import apply_step
 from pipeline.augment.policy import OPS, plan_jitter, plan_ops, read_policy
 from pipeline.augment.random_numbers import Purpose, sample_keys, uniforms
 from pipeline.augment.steps import Size, Step, make_step, send
-from pipeline.transforms import Augmentation, normalization
+from pipeline.transforms import PADDING, Augmentation, normalization
 from utils import UsageError
-
-PADDING = 4  # pixels of zeros on each side, for the random crop of small images
 
 
 def apply_op(

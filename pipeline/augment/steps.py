@@ -48,8 +48,8 @@ def _rotation(degrees: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _box_blurs(sigma: np.ndarray) -> np.ndarray:
-    """Pillow's three box blurs in a Gaussian one's place: weights (k, 2) in 2**-24 of full and of edge pixels, and the
-    whole radius (k, 1).
+    """Pillow's three box blurs in a Gaussian one's place: (k, 3): the weights of full and of edge pixels in 2**-24,
+    and the whole radius.
 
     Source: P. Gwosdek et al., Theoretical foundations of Gaussian convolution by extended box filtering, 2011.
     """
@@ -83,7 +83,7 @@ def make_step(kind: str, index: np.ndarray, argument: np.ndarray, size: Size, *,
         return Step(f'shift_{kind[-1]}', index, np.stack((argument, zeros), axis=1), cubic)
     if kind in ('translate_x_rel', 'translate_y_rel'):
         pixels = argument * (size[1] if kind == 'translate_x_rel' else size[0])
-        return Step(f'shift_{kind[10]}', index, np.stack((zeros, pixels), axis=1), cubic)
+        return Step(f'shift_{kind.split("_")[1]}', index, np.stack((zeros, pixels), axis=1), cubic)
     if kind == 'desaturate':
         return Step('color', index, np.clip(1.0 - column, 0.0, 1.0))
     if kind == 'gaussian_blur':
@@ -109,7 +109,7 @@ def real_dtype(device: torch.device) -> torch.dtype:
 
 
 def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays as tensors on a device: whole numbers as int64, uint8 as it is, the rest as float64.
+    """Arrays as tensors on a device: whole numbers as int64, uint8 as it is, the rest as `real_dtype`.
 
     All of one type travel in one copy from pinned memory, which the host does not wait for.
     """
