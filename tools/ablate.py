@@ -9,8 +9,8 @@ Flags are the table's, which for the paper's ablations are CIFAR-100, 300 epochs
 warm-up, learning rate 1e-3 and four seeds; further flags come after them and win.
 
 After each run DIR/table.md, table.csv, table.png and curves.png are written. A run counts with its best top-1, as the
-paper's do; one that holds images out, as with folds, with its best checkpoint's on the test images. A row has the mean
-of its runs, over seeds and folds, their standard deviation (of a sample, n-1) and the best of them.
+paper's do; one that holds images out, with its best checkpoint's on the test images. A row has the mean of its runs,
+over seeds and folds, their standard deviation (of a sample, n-1) and the best of them.
 """
 
 from __future__ import annotations
@@ -124,16 +124,15 @@ def run_flags(table: Table, row: Row, folder: Path, args: argparse.Namespace, fu
     """main.py's flags for one run, whose folder's name has the seed, and the fold if there are any.
 
     Raises:
-        UsageError: if the processes cannot share the batch.
+        UsageError: if the batch cannot be shared out.
     """
-    parts = args.nproc * args.accum_steps
-    if row.batch % parts:
+    own, rest = divmod(row.batch, args.nproc * args.accum_steps)
+    if rest:
         raise UsageError(f'--nproc {args.nproc} times --accum-steps {args.accum_steps} does not divide {row.batch}')
     options = [*row.options.split(), *args.model_kwargs]
     numbers = zip(('--seed', '--fold', '--folds'), re.findall(r'\d+', folder.name), strict=False)
     return [
-        *('--model', row.model, *table.flags, '--batch-size', str(row.batch // parts)),
-        *('--accum-steps', str(args.accum_steps)),
+        *('--model', row.model, *table.flags, '--batch-size', str(own), '--accum-steps', str(args.accum_steps)),
         *(*shlex.split(row.flags), *further),
         *(['--model-kwargs', *options] if options else []),
         *(part for pair in numbers for part in pair),
@@ -192,9 +191,6 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
         differences.append(f'the total batch was {before}, is {batch}')
     if differences:
         raise InputError(f'{folder} has a run that differs: {"; ".join(differences)}. Choose another --output')
-
-
-# The table
 
 
 def write_table(table: Table, output: Path) -> str:
