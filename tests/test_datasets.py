@@ -227,7 +227,7 @@ def test_batches_do_not_depend_on_the_workers(erase: RandomErasing | None) -> No
 
     def batches(workers: int, done: int = 0) -> list[torch.Tensor]:
         order = TrainBatches(len(images), batch_size=128, repeated=True)
-        order.start(1, done=done)
+        order.set_epoch(1, done=done)
         return [batch for batch, _ in DataLoader(images, batch_sampler=order, num_workers=workers)]
 
     alone = batches(0)
