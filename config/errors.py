@@ -107,17 +107,23 @@ def one_line_errors(program: str) -> Iterator[None]:
                 leave(program, f'{one_line(err)}: fewer --num_workers need less', 1)
             leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
         except (RuntimeError, MemoryError) as err:
-            if 'DataLoader worker' in str(err):
-                leave(program, f'{one_line(err)}: was it short of memory? Fewer --num_workers need less', 1)
-            if not _lacks_memory(err):
-                raise
-            leave(program, 'out of memory: smaller batches or images, or fewer --num_workers, need less', 1)
+            if _lacks_memory(err):
+                leave(program, 'out of memory: smaller batches or images, or fewer --num_workers, need less', 1)
+            if lost := _lost_worker(err):
+                leave(program, lost, 1)
+            raise
         except KeyboardInterrupt:
             leave(program, 'interrupted', 130)
 
 
 def _lacks_memory(err: Exception) -> bool:
     return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(err)
+
+
+def _lost_worker(err: Exception) -> str | None:
+    """What to say of a loader process that is gone, None for other errors."""
+    hint = 'was it short of memory? Fewer --num_workers need less'
+    return f'{one_line(err)}: {hint}' if 'DataLoader worker' in str(err) else None
 
 
 def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
@@ -139,6 +145,8 @@ def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
     if 'shared memory' in text or '/torch_' in text:
         room = f'loader processes have no room in shared memory: {one_line(err)}'
         return InputError(f'{room}; give /dev/shm more (docker run --shm-size), or fewer --num_workers')
+    if lost := _lost_worker(err):
+        return InputError(lost)
     broken = re.search('gloo|nccl|pair closure|connection|timed out|timeout|broken pipe', text, re.IGNORECASE)
     if isinstance(err, dist.DistError) or (broken and dist.is_initialized()):
         # gloo and NCCL report a process that is gone from inside whatever collective the others were in.

@@ -240,8 +240,7 @@ def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:
             'answer': found.labels[found.predicted[position]],
             'confidence': 100 * float(found.confidence[position]),
         }
-        for position in most_confident
-        for index in [int(found.indices[position])]
+        for position, index in zip(most_confident, found.indices[most_confident].tolist(), strict=True)
     ]
     return {
         'wrong': len(wrong),

@@ -156,6 +156,7 @@ def test_seconds() -> None:
             ['--batch-size', '3', '--mixup', '0', '--cutmix', '0'],
             'lower --batch-size;',
         ),
+        (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), [], 'Fewer --num_workers need less'),
         (RuntimeError('size mismatch'), [], ''),
     ],
 )

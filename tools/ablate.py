@@ -126,13 +126,13 @@ def run_flags(table: Table, row: Row, folder: Path, args: argparse.Namespace, fu
     Raises:
         UsageError: if the batch cannot be shared out.
     """
-    own, rest = divmod(row.batch, args.nproc * args.accum_steps)
+    size, rest = divmod(row.batch, args.nproc * args.accum_steps)
     if rest:
         raise UsageError(f'--nproc {args.nproc} times --accum-steps {args.accum_steps} does not divide {row.batch}')
     options = [*row.options.split(), *args.model_kwargs]
     numbers = zip(('--seed', '--fold', '--folds'), re.findall(r'\d+', folder.name), strict=False)
     return [
-        *('--model', row.model, *table.flags, '--batch-size', str(own), '--accum-steps', str(args.accum_steps)),
+        *('--model', row.model, *table.flags, '--batch-size', str(size), '--accum-steps', str(args.accum_steps)),
         *(*shlex.split(row.flags), *further),
         *(['--model-kwargs', *options] if options else []),
         *(part for pair in numbers for part in pair),
