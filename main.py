@@ -116,8 +116,8 @@ def evaluate_only(
     stats = test(model, 'Test', stored_keep_rate(args.model, checkpoint) if recalled else None)
     report_accuracy(stats)
     if args.export_safetensors and is_main_process():
-        described = ckpt.description({**checkpoint, 'args': vars(args), 'classes': classes})
-        ckpt.write_bytes(Path(args.export_safetensors), ckpt.to_safetensors(model.state_dict(), described))
+        metadata = ckpt.description({**checkpoint, 'args': vars(args), 'classes': classes})
+        ckpt.write_bytes(Path(args.export_safetensors), ckpt.to_safetensors(model.state_dict(), metadata))
     return {f'test_{name}': value for name, value in stats.items()}
 
 
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             checkpoint_every=args.checkpoint_every,
             rewinds=args.on_nan == 'rewind',
         ),
-        described={'classes': splits.val.classes, 'args': vars(args), 'fingerprint': fingerprint},
+        metadata={'classes': splits.val.classes, 'args': vars(args), 'fingerprint': fingerprint},
         output=output,
     )
     if resumes:

@@ -80,7 +80,7 @@ def describe_training(run: LoggedRun) -> str:
     return f'{run.args.get("data_set")}{part}, {epochs} epoch{"" if epochs == 1 else "s"}{split}'
 
 
-def figures_of(runs: Mapping[str, tuple[float, LoggedRun]]) -> dict[str, Any]:
+def summarize(runs: Mapping[str, tuple[float, LoggedRun]]) -> dict[str, Any]:
     """What finished runs came to, in `COLUMNS`. `images` seen in training and `seconds` are means over them.
 
     Args:

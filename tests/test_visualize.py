@@ -18,7 +18,7 @@ import models  # noqa: F401
 from config.pretrained import load_trained
 from models.ablations import create_model
 from tools import visualize
-from tools.visualize import choose_blocks, look
+from tools.visualize import choose_blocks, get_activations
 from training import checkpoint as ckpt
 
 SMALL = {'embed_dim': 32, 'depth': 4, 'num_heads': 2, 'img_size': 16, 'num_classes': 7}
@@ -65,7 +65,7 @@ def test_the_attention_drawn_is_the_attention_used(name: str, kwargs: dict[str, 
         block.attn.fused_attn = fused
         block.attn.register_forward_hook(lambda _, inputs, output: passed.append((inputs[0], output)))
     images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
-    seen = look(model, images)
+    seen = get_activations(model, images)
     assert len(passed) == len(seen.attention) == 4 and seen.num_prefix == model.num_prefix_tokens
     heads = 2 if hasattr(model.blocks[0].attn, 'head_tokens') else 0
     size = seen.num_prefix + seen.grid[0] * seen.grid[1] + heads
@@ -84,11 +84,11 @@ def test_the_channel_weights_are_those_of_the_forward_pass() -> None:
     passed: list[tuple[Tensor, Tensor]] = []
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda _, inputs, output: passed.append((inputs[0], output)))
-    seen = look(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    seen = get_activations(model, torch.randn(2, 3, 16, 16, dtype=torch.float64))
     for weight, (tokens, output) in zip(seen.channels, passed, strict=True):
         assert weight is not None
         torch.testing.assert_close(tokens[:, 0] * weight, output[:, 0])
-    assert look(build('deit_tiny_cifar_patch4'), torch.randn(2, 3, 16, 16).double()).channels == [None] * 4
+    assert get_activations(build('deit_tiny_cifar_patch4'), torch.randn(2, 3, 16, 16).double()).channels == [None] * 4
 
 
 def test_titles_scales_and_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

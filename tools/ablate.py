@@ -46,7 +46,7 @@ from datasets import find_info
 from pipeline.workers import SIGNALS
 from reports.figures import draw_log, draw_rows
 from reports.runs import LoggedRun, choose_colors, read_run
-from reports.seeds import COLUMNS, describe_training, figures_of, to_markdown
+from reports.seeds import COLUMNS, describe_training, summarize, to_markdown
 from training import checkpoint as ckpt
 from training.signals import Interrupted, Interrupts
 from training.state import different_arguments
@@ -196,7 +196,7 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
 def write_table(table: Table, output: Path) -> str:
     """Writes the table and its pictures from what is in the folders; returns the text of table.md."""
     found = {row: find_finished(row_folder(output, table, row)) for row in table.rows}
-    lines = [{'row': row.name, **row._asdict(), **figures_of(runs)} for row, runs in found.items()]
+    lines = [{'row': row.name, **row._asdict(), **summarize(runs)} for row, runs in found.items()]
     finished = [run for runs in found.values() for _, run in runs.values()]
     trained = sorted({describe_training(run) for run in finished})
     heading = f'{table.title}. Here: {"; ".join(trained) or "no finished run yet"}.'

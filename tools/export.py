@@ -145,11 +145,11 @@ def write_safetensors(model: nn.Module, settings: Settings, path: Path, origin: 
     with tempfile.TemporaryDirectory() as folder:
         timm_config(model, settings, Path(folder, 'config.json'), origin)
         config = json.loads(Path(folder, 'config.json').read_text())
-    described = ckpt.description(origin.checkpoint)
-    described['args'] = {**described['args'], 'model': settings.name, 'input_size': settings.input_size}
-    described |= {**describe(settings), 'timm': config}
-    described.pop('model')  # where a checkpoint has its weights
-    path.write_bytes(ckpt.to_safetensors(model.state_dict(), described))
+    metadata = ckpt.description(origin.checkpoint)
+    metadata['args'] = {**metadata['args'], 'model': settings.name, 'input_size': settings.input_size}
+    metadata |= {**describe(settings), 'timm': config}
+    metadata.pop('model')  # where a checkpoint has its weights
+    path.write_bytes(ckpt.to_safetensors(model.state_dict(), metadata))
     return load_trained(str(path))[0]
 
 

@@ -74,7 +74,7 @@ def get_args_parser() -> FlagParser:
 # Attention
 
 
-class Seen(NamedTuple):
+class Activations(NamedTuple):
     """What one forward pass did in each block: P class and distillation tokens, N patches, h head tokens or none."""
 
     attention: list[Tensor]  # (B, h, T, T), each row a token's attention to all; T = P+N+h
@@ -85,7 +85,7 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
+def get_activations(model: DHVT | VisionTransformer, images: Tensor) -> Activations:
     """Runs a model on images (B, C, H, W) and returns the attention and the channel weights of that pass.
 
     The weights are those that the pass itself multiplied the values with.
@@ -111,7 +111,7 @@ def look(model: DHVT | VisionTransformer, images: Tensor) -> Seen:
     patch: Any = model.patch_embed
     sides = to_2tuple(patch.patch_size)
     grid = images.shape[-2] // sides[0], images.shape[-1] // sides[1]
-    return Seen(attention, channels, probabilities, grid, int(model.num_prefix_tokens))
+    return Activations(attention, channels, probabilities, grid, int(model.num_prefix_tokens))
 
 
 def load_attentive(args: argparse.Namespace) -> tuple[DHVT | VisionTransformer, Settings, Size]:
@@ -151,7 +151,7 @@ def choose_blocks(layers: Sequence[int] | None, depth: int) -> list[int]:
     return chosen
 
 
-def draw_layer(figure: Any, panels: Sequence[Axes], picture: Image.Image, seen: Seen, layer: int) -> None:
+def draw_layer(figure: Any, panels: Sequence[Axes], picture: Image.Image, seen: Activations, layer: int) -> None:
     """A row of the sheet: a panel for the class token and for each head token, the map, and channel weights if any."""
     mean = seen.attention[layer][0].mean(dim=0).numpy()  # (T, T)
     first, last = seen.num_prefix, seen.num_prefix + seen.grid[0] * seen.grid[1]
@@ -186,7 +186,7 @@ def draw_layer(figure: Any, panels: Sequence[Axes], picture: Image.Image, seen: 
         axes.yaxis.tick_right()
 
 
-def draw_attention(pictures: list[Image.Image], names: list[str], seen: list[Seen], layers: list[int]) -> Figure:
+def draw_attention(pictures: list[Image.Image], names: list[str], seen: list[Activations], layers: list[int]) -> Figure:
     """The sheet: below each other, a block for each picture, under its name, with a row for each layer."""
     head_tokens = seen[0].attention[0].shape[-1] - seen[0].num_prefix - seen[0].grid[0] * seen[0].grid[1]
     titles = ['class token', *(f'head token {number + 1}' for number in range(head_tokens)), 'attention map']
@@ -224,7 +224,7 @@ def attention(args: argparse.Namespace) -> Drawn:
         image = read_image(path, settings.reading)
         fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)  # the largest part of that shape
         pixels = pixels_to.to_dtype(pixels_to.pil_to_tensor(fitted), scale=True)
-        seen.append(look(model, pixels_to.normalize(pixels, list(settings.mean), list(settings.std))[None]))
+        seen.append(get_activations(model, pixels_to.normalize(pixels, list(settings.mean), list(settings.std))[None]))
         pictures.append(ImageOps.fit(image.convert('RGB'), (width * scale, height * scale), Image.Resampling.BICUBIC))
     best = [one.probabilities[0].max(dim=0) for one in seen]
     shown, _ = drawable(classes)

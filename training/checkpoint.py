@@ -229,10 +229,10 @@ def _from_safetensors(data: bytes, source: str) -> dict[str, Any]:
         weights = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], 'little')
         metadata = json.loads(data[8 : 8 + length]).get('__metadata__') or {}
-        described = json.loads(metadata.get('dhvt', '{}'))
+        own = json.loads(metadata.get('dhvt', '{}'))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as err:
         raise InputError(f'{source} is damaged, or no safetensors file: {one_line(err)}') from None
-    return {'model': weights, **(described if isinstance(described, dict) else {})}
+    return {'model': weights, **(own if isinstance(own, dict) else {})}
 
 
 def checked(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
@@ -325,14 +325,14 @@ def load(source: str, *, newest: bool = False) -> dict[str, Any]:
     return from_bytes(found[1], found[0])
 
 
-def to_safetensors(weights: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
+def to_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     """Weights as the bytes of a safetensors file, with what describes them as JSON in its metadata, under 'dhvt'."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    return safetensors.torch.save(tensors, {'format': 'pt', 'dhvt': json.dumps(described)})
+    return safetensors.torch.save(tensors, {'format': 'pt', 'dhvt': json.dumps(metadata)})
 
 
 def description(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a safetensors file keeps of a checkpoint beside its weights: enough to evaluate them."""
     names = ('epoch', 'max_accuracy', 'keep_rate', 'classes')
-    described = {name: checkpoint[name] for name in names if name in checkpoint}
-    return {**described, 'args': stored_args(checkpoint)}
+    metadata = {name: checkpoint[name] for name in names if name in checkpoint}
+    return {**metadata, 'args': stored_args(checkpoint)}

@@ -57,7 +57,7 @@ class Run:
     final_test: Test | None = None  # on the test images, at the end, where those are others
     settings: TrainSettings
     run_settings: RunSettings
-    described: Mapping[str, Any]  # what a checkpoint says beside the run's state: `classes`, `args`, `fingerprint`
+    metadata: Mapping[str, Any]  # what a checkpoint says beside the run's state: `classes`, `args`, `fingerprint`
     output: OutputFolder
 
     def __post_init__(self) -> None:
@@ -98,10 +98,10 @@ class Run:
         Raises:
             InputError: if it is of a run that differs, unless forced.
         """
-        stored, own = stored_args(checkpoint).get('opt'), self.described['args']['opt']
+        stored, own = stored_args(checkpoint).get('opt'), self.metadata['args']['opt']
         if stored not in (None, own):
             raise InputError(f'{source} is of a run with --opt {stored}, not {own}')
-        differences, notes, other_batch = compare(checkpoint, self.described['args'], self.described['fingerprint'])
+        differences, notes, other_batch = compare(checkpoint, self.metadata['args'], self.metadata['fingerprint'])
         if differences and not force:
             refuse_other_run(source, differences)
         self.progress = load_state(self.state, checkpoint, source, schedule=not differences and not other_batch)
@@ -116,7 +116,7 @@ class Run:
         )
 
     def save(self, *, best: bool = False) -> None:
-        self.output.save(to_state(self.state, self.progress, self.described), best=best)
+        self.output.save(to_state(self.state, self.progress, self.metadata), best=best)
         self._steps_since_save, self._saved_at = 0, time.monotonic()
 
     def _save_is_due(self) -> bool:

@@ -17,7 +17,7 @@ MOST = 2**53  # of counts, which floats hold exactly up to there
 IMPLEMENTATION = ('fused', 'foreach', 'capturable', 'differentiable', 'maximize', 'params')
 
 
-def like(given: Any, own: Any, what: str) -> Any:
+def check_like(given: Any, own: Any, what: str) -> Any:
     """A value of a checkpoint, compared with the one that this run itself would write.
 
     Tensors need the same shape and kind of number, lists the same length, words must be equal. Where the run has None,
@@ -35,11 +35,11 @@ def like(given: Any, own: Any, what: str) -> Any:
     elif isinstance(own, Mapping):
         same = isinstance(given, Mapping)
         if same:
-            return {name: like(given[name], own[name], f"{what}'s {name}") for name in own if name in given}
+            return {name: check_like(given[name], own[name], f"{what}'s {name}") for name in own if name in given}
     elif isinstance(own, (list, tuple)):
         same = isinstance(given, (list, tuple)) and len(given) == len(own)
         if same:
-            return type(own)(like(*pair, f'{what}[{place}]') for place, pair in enumerate(zip(given, own, strict=True)))
+            return type(own)(check_like(given[n], own[n], f'{what}[{n}]') for n in range(len(own)))
     elif isinstance(own, (str, bool)):
         same = type(given) is type(own) and (isinstance(own, bool) or given == own)
     elif isinstance(own, (int, float)):
@@ -106,7 +106,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str) -
     loaded = []
     for group, fresh in zip(groups, own_groups, strict=True):
         options = {name: fresh[name] for name in fresh if name not in IMPLEMENTATION}
-        loaded.append({**fresh, **like(group, options, f'{what} group')})
+        loaded.append({**fresh, **check_like(group, options, f'{what} group')})
     parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group['params']))
     for number, entries in state['state'].items():
         if number not in parameters or not isinstance(entries, Mapping):
@@ -116,5 +116,5 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str) -
             if name not in entries:
                 raise InputError(f'{what} {name} of parameter {number} is missing')
             similar = fresh.get(name, parameter if isinstance(entries[name], Tensor) else 0.0)
-            like(entries[name], similar, f'{what} {name} of parameter {number}')
+            check_like(entries[name], similar, f'{what} {name} of parameter {number}')
     return {**state, 'param_groups': loaded}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine import EpochSums
 from training.ema import MovingAverage
-from training.schema import check_optimizer, is_count, is_line, is_number, like
+from training.schema import check_like, check_optimizer, is_count, is_line, is_number
 from training.weights import check_whole, model_weights, stored_args
 from utils import InputError, log, one_line
 
@@ -82,7 +82,7 @@ def _read_schedule(scheduler: Any, stored: Any, what: str) -> dict[str, Any]:
     if 'restore_lr' in own:  # nor are these, without noise
         noisy = isinstance(stored, Mapping) and isinstance(stored.get('restore_lr'), list)
         known['restore_lr'] = own['base_values'] if noisy else None
-    return like(stored, known, what)
+    return check_like(stored, known, what)
 
 
 def _load_schedule(scheduler: Any, state: Mapping[str, Any]) -> None:
@@ -112,14 +112,14 @@ class TrainState:
         }
 
 
-def to_state(state: TrainState, progress: TrainingProgress, described: Mapping[str, Any]) -> dict[str, Any]:
+def to_state(state: TrainState, progress: TrainingProgress, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint: tensors and plain values.
 
     `epoch` is the last whole one, as DeiT has it; `progress` is None between two epochs. No random state is in it, as
     every draw is seeded by its place in the run (`utils.seed_all`).
 
     Args:
-        described: what does not change in a run: its classes, arguments and fingerprint.
+        metadata: what does not change in a run: its classes, arguments and fingerprint.
     """
     within = {
         'batch': progress.batch,
@@ -137,7 +137,7 @@ def to_state(state: TrainState, progress: TrainingProgress, described: Mapping[s
         'history': list(progress.history),
         'timings': list(progress.timings),
         'left_out': list(progress.left_out),
-        **described,
+        **metadata,
     }
 
 
@@ -224,7 +224,7 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
         check_whole(parts.model_ema.module, average, source)
     optimizer = check_optimizer(parts.optimizer, state['optimizer'], source)
     scaler = {} if state.get('scaler') is None else state['scaler']
-    scaler = like(scaler, parts.scaler.state_dict(), f'{source}: the scaler')
+    scaler = check_like(scaler, parts.scaler.state_dict(), f'{source}: the scaler')
     lr_scheduler = _read_schedule(parts.scheduler, state['lr_scheduler'], f'{source}: the schedule')
     progress = read_progress(state, source)
     try:
