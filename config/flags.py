@@ -14,9 +14,9 @@ from datasets import DATA_SETS, find_name
 from pipeline.inaturalist import INAT_CATEGORIES
 from utils import InputError, UsageError, num_usable_cores
 
-MOST_PIXELS = 8192  # of an image's side
-MOST_BYTES = 2**20  # of a file of settings
-MOST_LEVELS = 20
+MAX_PIXELS = 8192  # of an image's side
+MAX_BYTES = 2**20  # of a file of settings
+MAX_LEVELS = 20
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -57,16 +57,16 @@ def read_mapping(path: str) -> dict[Any, Any]:
     if Path(path).is_fifo():  # which would be waited for
         raise InputError(f'{path} is a named pipe, and no file')
     with open(path, 'rb') as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise InputError(f'{path} has more than {MOST_BYTES} bytes: it is no file of settings')
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise InputError(f'{path} has more than {MAX_BYTES} bytes: it is no file of settings')
     try:
         text = data.decode()
         depth = 0
         for event in yaml.parse(text):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > MOST_LEVELS:
-                what = 'an alias (*)' if depth <= MOST_LEVELS else f'more than {MOST_LEVELS} levels'
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_LEVELS:
+                what = 'an alias (*)' if depth <= MAX_LEVELS else f'more than {MAX_LEVELS} levels'
                 raise InputError(f'{path} has {what}: write plain values')
         found = yaml.safe_load(text)
         repr(found)  # fails for a whole number too large to be written
@@ -93,7 +93,7 @@ def number(kind: type, *, low: float, high: float = float('inf'), low_open: bool
 
 
 COUNT, FROM_ONE = number(int, low=0), number(int, low=1)
-PIXELS = number(int, low=1, high=MOST_PIXELS)
+PIXELS = number(int, low=1, high=MAX_PIXELS)
 AMOUNT, POSITIVE = number(float, low=0.0), number(float, low=0.0, low_open=True)
 PROBABILITY, PART = number(float, low=0.0, high=1.0), number(float, low=0.0, high=1.0, low_open=True)
 SEED = number(int, low=0, high=2**31 - 1)

@@ -15,7 +15,7 @@ from models import ablations, evit  # and all models are registered with timm
 from models.dhvt import PointwiseConv
 from utils import UsageError, one_line
 
-MOST_BLOCKS, MOST_SIZE = 1000, 1_000_000  # of a model: more would be built for hours
+MAX_BLOCKS, MAX_SIZE = 1000, 1_000_000  # of a model: more would be built for hours
 EVIT_ARGUMENTS = ('base_keep_rate', 'fuse_token', 'drop_loc')
 
 
@@ -57,7 +57,7 @@ def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
     for key, value in kwargs.items():
         if key not in known:
             raise UsageError(f'{name} refuses its arguments: {key} is refused, its constructor has none of that name')
-        most = MOST_BLOCKS if key == 'depth' else MOST_SIZE
+        most = MAX_BLOCKS if key == 'depth' else MAX_SIZE
         entries = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(entry, int) and entry > most for entry in entries):
             raise UsageError(f'{name} refuses its arguments: {key} is refused, {value!r:.20} is too large')

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from config.flags import MOST_PIXELS, PIXELS, FlagParser
-from config.models import check_kwargs, constructor_arguments, evit_kwargs, is_evit, new_model
+from config.flags import MAX_PIXELS, PIXELS, FlagParser
+from config.models import check_kwargs, constructor_arguments, evit_kwargs, is_evit, new_model, stored_keep_rate
 from models.folding import fold_batchnorm
 from pipeline.files import read_file
 from pipeline.images import AS_STORED, Reading, Transform, decode
@@ -139,12 +139,14 @@ def read_settings(
     size = input_size or stored.get('input_size') or default_size
     if not isinstance(size, int):
         raise UsageError(f'{source} does not say the size of its images: give --input-size PIXELS')
-    if not 0 < size <= MOST_PIXELS:
+    if not 0 < size <= MAX_PIXELS:
         raise InputError(f'{source} says that its images have {size} pixels: give --input-size PIXELS')
     try:
         kwargs = dict(stored.get('model_kwargs') or [])
         if is_evit(name):
             kwargs |= evit_kwargs(stored)
+            rate = stored_keep_rate(name, checkpoint)
+            kwargs |= {} if rate is None else {'base_keep_rate': rate}
     except (TypeError, ValueError):
         raise InputError(f'{source} has model arguments that are not of this program') from None
     kwargs |= further or {}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pipeline.images import image_extensions
 from utils import shorten
 
-MOST_BYTES = 2**31  # of an image's file; no image that Pillow agrees to decode has more
+MAX_BYTES = 2**31  # of an image's file; no image that Pillow agrees to decode has more
 KINDS = ((stat.S_ISREG, ''), (stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a named pipe'), (stat.S_ISSOCK, 'a socket'))
 
 
@@ -30,7 +30,7 @@ def read_file(path: str | Path) -> bytes:
     status = os.stat(path)  # noqa: PTH116  quicker than pathlib
     if kind := special_kind(status.st_mode):
         raise ValueError(f'it is {kind}, not a file')
-    if status.st_size > MOST_BYTES:
+    if status.st_size > MAX_BYTES:
         raise ValueError(f'it has {status.st_size:,} bytes, more than an image can have')
     with open(path, 'rb') as file:
         return file.read()

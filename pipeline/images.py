@@ -28,7 +28,7 @@ Transform = Callable[[Image.Image], Any]
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # `decode` says it in one line
 # Formats that Pillow names but cannot draw without a further plug-in.
 STUB_FORMATS = {'BUFR', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
-MOST_BAD = 0.01  # the part of a data set that may be unreadable with --on-bad-image skip
+MAX_BAD = 0.01  # the part of a data set that may be unreadable with --on-bad-image skip
 
 
 class BadImageError(InputError):
@@ -324,9 +324,9 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def _check_bad(self) -> None:
         bad = torch.nonzero(self._bad).flatten().tolist()
-        if len(bad) > MOST_BAD * len(self):
+        if len(bad) > MAX_BAD * len(self):
             where = shorten(map(self._where, bad), most=20)
-            raise InputError(f'{len(bad)} of {len(self)} images cannot be read, more than {MOST_BAD:.0%}: {where}')
+            raise InputError(f'{len(bad)} of {len(self)} images cannot be read, more than {MAX_BAD:.0%}: {where}')
 
     def log_bad_images(self) -> None:
         """Logs, each once, the images that any process found bad since the last call. All processes must call it.

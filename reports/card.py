@@ -65,7 +65,8 @@ def accuracy(origin: Origin, args: dict[str, Any]) -> str:
     average = origin.ema or 'trained_model' in checkpoint  # which stands for the model in a best checkpoint
     found = None if checkpoint.get('progress') else row.get('ema_test_acc1' if average else 'test_acc1')
     if isinstance(found, (int, float)):
-        return f'{found:.2f}% top-1 on the {images} images, at the end of epoch {row["epoch"]}'
+        of_average = ', of the moving average of the weights' if origin.ema else ''
+        return f'{found:.2f}% top-1 on the {images} images, at the end of epoch {row["epoch"]}{of_average}'
     best = checkpoint.get('max_accuracy')
     if isinstance(best, (int, float)) and math.isfinite(best) and best >= 0:
         return f'{best:.2f}% top-1 on the {images} images, the best of its run'
@@ -84,7 +85,7 @@ def model_card(model: nn.Module, settings: Settings, origin: Origin) -> str:
         **({'Architecture': papers} if papers else {}),
         'Trained on': data[0] + f' (`{data[1]}`)' * bool(data[1]),
         f'Classes ({len(settings.classes)})': ', '.join(f'`{name}`' for name in settings.classes),
-        'Accuracy': accuracy(origin, args) + ', of the moving average of the weights' * origin.ema,
+        'Accuracy': accuracy(origin, args),
         **({'Training command': f'`{command}`'} if command else {}),
         'License of the weights': origin.license or 'not given; ask their owner',
         **({'Origin': origin.url} if origin.url else {}),

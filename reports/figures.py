@@ -25,9 +25,9 @@ from reports.seeds import spread_of
 
 FIGURES = ('accuracy', 'loss', 'learning_rate', 'grad_norm', 'keep_rate', 'throughput', 'time', 'confusion', 'classes')
 BLUE, ORANGE, GREY, RED, LIGHT = '#1f5fae', '#d9741a', '#6f7782', '#b8352c', '#b9bfc7'
-MOST_NAMES, MOST_COUNTS = 50, 20  # classes up to which figures have their names, and the confusion matrix numbers
+MAX_NAMES, MAX_COUNTS = 50, 20  # classes up to which figures have their names, and the confusion matrix numbers
 FROM_ZERO = ('learning_rate', 'keep_rate', 'throughput', 'time')  # figures whose axis begins there
-MOST_IN_LEGEND, LEGEND_WIDTH = 16, 34  # names, and letters in a line of one
+MAX_IN_LEGEND, LEGEND_WIDTH = 16, 34  # names, and letters in a line of one
 FEW_EPOCHS = 25  # up to which each has a dot
 
 
@@ -153,7 +153,7 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, Line2D]]) -> str:
     beside = len(entries) > 4
     place: dict[str, Any] = {'loc': 'upper left', 'bbox_to_anchor': (1.01, 1)} if beside else {'loc': 'best'}
     shown, legend = drawable([name for name, _ in entries])
-    lines = min(max(MOST_IN_LEGEND // len(entries), 1), 3)  # of a name
+    lines = min(max(MAX_IN_LEGEND // len(entries), 1), 3)  # of a name
     names = [fill(shorten_text(name, lines * LEGEND_WIDTH), LEGEND_WIDTH, initial_indent=' ') for name in shown]
     axes.legend([line for _, line in entries], names, fontsize=8, frameon=False, **place)
     return legend
@@ -190,14 +190,14 @@ def draw_curves(name: str, title: str, unit: str, curves: Sequence[Curve]) -> Pi
             entries.append((f'best: {best.value:.2f} at epoch {best.epoch}', Line2D([], [], **star)))
     else:
         colors = {run.color: run.label for run in runs}
-        shown = colors if len(colors) <= MOST_IN_LEGEND else {}
+        shown = colors if len(colors) <= MAX_IN_LEGEND else {}
         entries = [(label, Line2D([], [], color=color)) for color, label in shown.items()]
         kinds = {curve.kind: curve.style for curve in curves}
         if len(kinds) > 1:
             entries += [(kind, Line2D([], [], color=GREY, linestyle=style)) for kind, style in kinds.items()]
     legend = _legend(axes, entries) if len(entries) > 1 else ''
     hover: dict[int, str] = {}
-    for curve in curves[:MOST_IN_LEGEND]:
+    for curve in curves[:MAX_IN_LEGEND]:
         label = ', '.join(([curve.run.name] if len(runs) > 1 else []) + [curve.kind])
         for epoch, value in zip(*curve.points, strict=True):
             hover[epoch] = f'{hover.get(epoch, f"epoch {epoch}")}\n{label}: {value:.5g}'
@@ -264,14 +264,14 @@ def draw_log(runs: Sequence[LoggedRun]) -> Iterator[Picture]:
 def draw_confusion(matrix: np.ndarray, labels: Sequence[str]) -> Picture:
     """The confusion matrix, each row by its share of the class; names and counts where there is room for them."""
     size = len(labels)
-    labels, legend = drawable(labels) if size <= MOST_NAMES else (labels, '')
+    labels, legend = drawable(labels) if size <= MAX_NAMES else (labels, '')
     figure = Figure(figsize=(7.2, 6.4), layout='constrained')
     axes = figure.add_subplot()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     # A root shows the few mistakes of a good model beside its diagonal.
     image = axes.imshow(100 * shares, cmap='Blues', norm=PowerNorm(0.5, 0, 100), interpolation='nearest')
     figure.colorbar(image, ax=axes, shrink=0.7, label='% of the class', ticks=[0, 1, 5, 20, 50, 100])
-    if size <= MOST_NAMES:
+    if size <= MAX_NAMES:
         font = 9 if size <= 12 else 7 if size <= 30 else 5.5
         names = [shorten_text(label, 16) for label in labels]
         axes.set_xticks(range(size), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=font)
@@ -279,10 +279,10 @@ def draw_confusion(matrix: np.ndarray, labels: Sequence[str]) -> Picture:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    number = '' if size <= MOST_NAMES else ' (its number)'
-    axes.set_xlabel(f'answer{number}')
-    axes.set_ylabel(f'class{number}')
-    for row, column in np.argwhere(matrix > 0) if size <= MOST_COUNTS else ():
+    number = '' if size <= MAX_NAMES else ' (its number)'
+    axes.set_xlabel(f'predicted class{number}')
+    axes.set_ylabel(f'true class{number}')
+    for row, column in np.argwhere(matrix > 0) if size <= MAX_COUNTS else ():
         color = 'white' if shares[row, column] > 0.3 else 'black'
         font = 8 if size <= 12 else 6
         axes.text(column, row, str(matrix[row, column]), ha='center', va='center', color=color, fontsize=font)
@@ -297,25 +297,17 @@ def draw_classes(accuracy: np.ndarray, labels: Sequence[str], mean: float) -> Pi
         mean: of all images, in percent.
     """
     order = [int(number) for number in np.argsort(accuracy) if not math.isnan(accuracy[number])]
-    named = len(order) <= MOST_NAMES
+    named = len(order) <= MAX_NAMES
     labels, legend = drawable(labels) if named else (labels, '')
     figure, axes = _figure(7.2, 6.4 if len(order) > 4 else 3.5)
-    text = f'the line is all images, {mean:.1f}%'
-    if named:
-        axes.barh(range(len(order)), accuracy[order], color=BLUE, height=0.75)
-        names = [shorten_text(labels[number], 24) for number in order]
-        axes.set_yticks(range(len(order)), names, fontsize=9 if len(order) <= 20 else 6.5)
-        axes.set_ylim(len(order) - 0.4, -0.6)
-        axes.set_xlim(0, 100)
-        axes.axvline(mean, color=RED, linewidth=1)
-        axes.set_xlabel(f'% right; {text}')
-    else:
-        axes.bar(range(len(order)), accuracy[order], color=BLUE, width=1.0)
-        axes.axhline(mean, color=RED, linewidth=1)
-        axes.set_xlim(-0.5, len(order) - 0.5)
-        axes.set_ylim(0, 100)
-        axes.set_xlabel(f'classes, the worst first; {text}')
-        axes.set_ylabel('% right')
+    names = [shorten_text(labels[number], 24) for number in order] if named else []
+    axes.barh(range(len(order)), accuracy[order], color=BLUE, height=0.75 if named else 1.0)
+    axes.set_yticks(range(len(names)), names, fontsize=9 if len(order) <= 20 else 6.5)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_xlim(0, 100)
+    axes.axvline(mean, color=RED, linewidth=1)
+    axes.set_xlabel(f'% right; the line is all images, {mean:.1f}%')
+    axes.set_ylabel('' if named else 'classes, the worst first')
     return _save(figure, 'classes', 'Accuracy by class', legend)
 
 

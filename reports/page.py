@@ -13,7 +13,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reports.figures import FIGURES, Picture, draw_log
 from reports.predictions import Predictions, describe_predictions, find_cost, predict
-from reports.runs import Best, LoggedRun, choose_colors, find_differences, group_by_settings, read_runs, show_value
+from reports.runs import (
+    EpochValue,
+    LoggedRun,
+    choose_colors,
+    find_differences,
+    group_by_settings,
+    read_runs,
+    show_value,
+)
 from reports.seeds import seed_statistics
 from training import checkpoint as ckpt
 from utils import InputError, format_seconds, one_line, shorten
@@ -30,7 +38,7 @@ class Fact(NamedTuple):
     note: str = ''
 
 
-def _percent(label: str, result: Best | None, note: str = '') -> Fact:
+def _percent(label: str, result: EpochValue | None, note: str = '') -> Fact:
     return Fact(label, '–') if result is None else Fact(label, f'{result.value:.2f}%', f'epoch {result.epoch}{note}')
 
 

@@ -18,7 +18,6 @@ from config.arguments import parse_args
 from config.builders import build_model
 from config.data import load_splits, open_loaders
 from config.errors import explain
-from config.models import stored_keep_rate
 from config.pretrained import load_trained
 from config.recall import MODEL_FLAGS, stored_flags
 from datasets import DATA_SETS, find_info
@@ -26,7 +25,7 @@ from engine import forward
 from models.speed import count_macs
 from pipeline.images import ImageDataset
 from pipeline.readers import READERS
-from reports.figures import MOST_NAMES, Picture, draw_classes, draw_confusion
+from reports.figures import MAX_NAMES, Picture, draw_classes, draw_confusion
 from reports.runs import LoggedRun, printable
 from training import checkpoint as ckpt
 from training.checkpoint import BEST
@@ -35,7 +34,7 @@ from training.distributed import Process
 from training.weights import class_names, stored_args
 from utils import InputError, ProgressBar, SizedLoader, one_line
 
-MOST_PAIRS = 15  # of classes that are confused
+MAX_PAIRS = 15  # of classes that are confused
 
 
 def recall(flags: Sequence[str], source: str) -> Any:
@@ -80,10 +79,10 @@ def find_cost(run: LoggedRun, known: dict[str, tuple[int, int]]) -> tuple[int, i
 
 @dataclass
 class Predictions:
-    """A checkpoint's answers to n images.
+    """A checkpoint's predictions for n images.
 
     `targets` and `predicted` are class indices (n,), `confidence` the probabilities (n,) of the latter, `indices` the
-    images' numbers in `dataset`; `labels` name each class that is a target or an answer.
+    images' numbers in `dataset`; `labels` name each class that is a target or predicted.
     """
 
     run: LoggedRun
@@ -101,7 +100,7 @@ class Predictions:
         return 100 * float(metrics.accuracy_score(self.targets, self.predicted))
 
     def matrix(self) -> np.ndarray:
-        """Images by class (row) and answer (column)."""
+        """Images by class (row) and prediction (column)."""
         return metrics.confusion_matrix(self.targets, self.predicted, labels=np.arange(len(self.labels)))
 
 
@@ -160,9 +159,8 @@ def predict(
         loader = open_loaders(args, splits, process, chosen)[1]
     except (InputError, OSError) as err:
         return f'the images of {args.data_set} cannot be read: {one_line(err)}'
-    keep_rate = stored_keep_rate(args.model, state)
     try:
-        answers = _answers(model.to(chosen), loader, chosen, find_amp_dtype(args.amp, chosen), keep_rate, stop)
+        found = _predict_batches(model.to(chosen), loader, chosen, find_amp_dtype(args.amp, chosen), stop)
     except (InputError, OSError) as err:
         return one_line(err)
     except RuntimeError as err:
@@ -170,9 +168,9 @@ def predict(
         if reason is None:
             raise
         return str(reason)
-    if not answers:
+    if not found:
         return 'there are no test images'
-    targets, predicted, confidence = (np.concatenate(part) for part in zip(*answers, strict=True))
+    targets, predicted, confidence = (np.concatenate(part) for part in zip(*found, strict=True))
     seen = np.flatnonzero(targets >= 0)  # the others cannot be decoded, and the run left them out too
     classes = [printable(name) for name in splits.val.classes]
     extra = range(len(classes), max(len(classes), int(predicted.max()) + 1))
@@ -182,20 +180,19 @@ def predict(
 
 
 @torch.inference_mode()
-def _answers(
+def _predict_batches(
     model: torch.nn.Module,
     loader: SizedLoader,
     device: torch.device,
     amp_dtype: torch.dtype | None,
-    keep_rate: float | None,
     stop: Callable[[], bool] | None,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Targets, answers and their probabilities, batch by batch."""
+    """Targets, predictions and their probabilities, batch by batch."""
     found = []
     for images, targets in ProgressBar(loader, header='Predictions', print_freq=10):
         if stop is not None and stop():
             raise InputError('a signal ended the evaluation')
-        logits = forward(model, images.to(device, non_blocking=True), amp_dtype, keep_rate)
+        logits = forward(model, images.to(device, non_blocking=True), amp_dtype)
         best = logits.topk(min(5, logits.shape[1])).indices[:, :1]  # of equals, which bfloat16 has, evaluate's choice
         confidence = logits.softmax(dim=1).gather(1, best)
         found.append((targets.cpu().numpy(), best[:, 0].cpu().numpy(), confidence[:, 0].cpu().numpy()))
@@ -213,10 +210,10 @@ def thumbnail(name: str, image: Image.Image) -> Picture:
 
 
 def confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[tuple[str, str, int, float]]:
-    """The commonest pairs of class and wrong answer: their names, their images, and these in percent of the class."""
+    """The commonest pairs of class and wrong prediction: names, number of images, and their percentage of the class."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind='stable')[:MOST_PAIRS]
+    order = np.argsort(-wrong, axis=None, kind='stable')[:MAX_PAIRS]
     pairs = [(int(place) // len(labels), int(place) % len(labels)) for place in order]
     return [
         (labels[row], labels[column], int(wrong[row, column]), 100 * wrong[row, column] / matrix[row].sum())
@@ -237,14 +234,14 @@ def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:
         {
             'picture': thumbnail(printable(found.dataset.name(index)), found.dataset.load(index)),
             'class': found.labels[found.targets[position]],
-            'answer': found.labels[found.predicted[position]],
+            'prediction': found.labels[found.predicted[position]],
             'confidence': 100 * float(found.confidence[position]),
         }
         for position, index in zip(most_confident, found.indices[most_confident].tolist(), strict=True)
     ]
     return {
         'wrong': len(wrong),
-        'many': len(found.labels) > MOST_NAMES,
+        'many': len(found.labels) > MAX_NAMES,
         'pairs': confused_pairs(matrix, found.labels),
         'classes': list(zip(found.labels, images, 100 * right, 100 * precision, strict=True)),
         'mistakes': shown,

@@ -19,7 +19,7 @@ from training import checkpoint as ckpt
 from training.checkpoint import BEST, CHECKPOINT
 from training.output import holds_run
 from training.run import TEST_RESULT
-from training.state import FREE_ARGUMENTS, MOST_EPOCHS
+from training.state import FREE_ARGUMENTS, MAX_EPOCHS
 from training.weights import stored_args
 from utils import InputError, UsageError
 
@@ -34,9 +34,9 @@ EXPLAINED = {  # derived values, and the arguments whose difference says theirs
 }  # fmt: skip
 DERIVED = ('data', 'total_batch', 'precision', 'train_mode')  # that matter beside the arguments
 
-MOST_LOG_BYTES, MOST_YAML_BYTES = 32 << 20, 256 << 10
-MOST_IN_LINE = 100_000  # characters
-MOST_VALUE = 1e100  # with larger ones figures have no axes
+MAX_LOG_BYTES, MAX_YAML_BYTES = 32 << 20, 256 << 10
+MAX_IN_LINE = 100_000  # characters
+MAX_VALUE = 1e100  # with larger ones figures have no axes
 
 
 def printable(text: object) -> str:
@@ -57,7 +57,7 @@ def show_value(value: Any) -> str:
     return printable('not given' if value is None else value if value != '' else 'none')
 
 
-class Best(NamedTuple):
+class EpochValue(NamedTuple):
     value: float
     epoch: int
 
@@ -94,16 +94,16 @@ class LoggedRun:
         return bool(self.lines[-1]['best_is_ema']) if self.lines and 'best_is_ema' in self.lines[-1] else None
 
     @property
-    def best(self) -> Best | None:
+    def best(self) -> EpochValue | None:
         """The accuracy, in percent, that chose the best checkpoint."""
         return self.result('ema_test_acc1' if self.average_is_best else 'test_acc1')
 
     @property
-    def tested(self) -> Best | None:
+    def tested(self) -> EpochValue | None:
         """The best checkpoint's accuracy on the test images, in percent; None where they are to come."""
         if self.chosen_on == 'test':
             return self.best
-        return Best(self.test['acc1'], self.test['epoch']) if self.test else None
+        return EpochValue(self.test['acc1'], self.test['epoch']) if self.test else None
 
     @property
     def final(self) -> float | None:
@@ -141,10 +141,10 @@ class LoggedRun:
         """The sum over the epochs of the values of these names."""
         return sum(value for name in names for value in self.series(name)[1] if math.isfinite(value))
 
-    def result(self, name: str, *, best: bool = True) -> Best | None:
+    def result(self, name: str, *, best: bool = True) -> EpochValue | None:
         """The highest value of this name, the first of equals, or the last, and its epoch; None if there is none."""
         epochs, values = self.series(name)
-        found = [Best(value, epoch) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
+        found = [EpochValue(value, epoch) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
         if not found:
             return None
         return max(found, key=lambda entry: entry.value) if best else found[-1]
@@ -169,7 +169,7 @@ def _number(value: Any) -> float:
     """A number of the log, whose infinities and NaNs are words."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError
-    if MOST_VALUE < abs(float(value)) < math.inf:
+    if MAX_VALUE < abs(float(value)) < math.inf:
         raise ValueError
     return float(value) if isinstance(value, str) else value
 
@@ -183,12 +183,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found: dict[int, dict[str, Any]] = {}
-    _check_file(path, MOST_LOG_BYTES)
+    _check_file(path, MAX_LOG_BYTES)
     with path.open(encoding='utf-8', errors='backslashreplace') as file:
-        for number, text in enumerate(iter(lambda: file.readline(MOST_IN_LINE), ''), start=1):
+        for number, text in enumerate(iter(lambda: file.readline(MAX_IN_LINE), ''), start=1):
             try:
                 line = {name: _number(value) for name, value in json.loads(text).items()}
-                if not isinstance(line['epoch'], int) or not 0 <= line['epoch'] < MOST_EPOCHS:
+                if not isinstance(line['epoch'], int) or not 0 <= line['epoch'] < MAX_EPOCHS:
                     raise ValueError
             except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
                 raise InputError(
@@ -207,7 +207,7 @@ def _read_test(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    _check_file(path, MOST_IN_LINE)
+    _check_file(path, MAX_IN_LINE)
     try:
         found = json.loads(path.read_bytes())
         numbers = {name: _number(found[name]) for name in ('epoch', 'acc1', 'images')}
@@ -235,7 +235,7 @@ def _read_args(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             if (folder / name).exists():
                 return dict(stored_args(ckpt.load(str(folder / name)))), {}
         return {}, {}
-    _check_file(path, MOST_YAML_BYTES)
+    _check_file(path, MAX_YAML_BYTES)
     try:
         args = read_mapping(str(path))
     except InputError as err:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -277,10 +278,15 @@ def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (['6', '--seed', '1'], '--seed is set by ablate.py'),
         (['6', '--folds', '5', '--fold', '1'], '--fold is set by ablate.py'),
         (['6', '--folds', '1'], '--folds 1 leaves nothing to train with'),
-        (['6', '--output_dir=x'], '--output-dir is set by ablate.py'),
-        (['11', '--batch_size', '64'], "--batch-size is what this table's rows differ in"),
-        (['10', '--model', 'dhvt_tiny_cifar_patch2'], "--model is what this table's rows differ in"),
-        (['10', '--model-kwargs', 'num_heads=2'], "num_heads=2: this is what this table's rows differ in"),
+        (['6', '--output_dir=x'], '--output_dir is set by ablate.py'),
+        (['6', '-cother.yaml'], '-cother.yaml is set by ablate.py'),
+        (['11', '--batch_size', '64'], "--batch_size is set by this table's rows"),
+        (['10', '--model', 'dhvt_tiny_cifar_patch2'], "--model is set by this table's rows"),
+        (['10', '--model-kwargs', 'num_heads=2'], "num_heads=2: this is set by this table's rows"),
+        (['fast', '--model-kwargs', 'embed_dim=192'], "embed_dim=192: this is set by this table's rows"),
+        (['fast', '--no-repeated-aug'], "--no-repeated-aug is set by this table's rows"),
+        (['fast', '--sched_on_updates'], "--sched_on_updates is set by this table's rows"),
+        (['6', '--show', '--outptu', 'x'], '--outptu changes nothing'),
         (['6', '--model-kwargs', 'heads=2'], 'refuses its arguments'),
     ):
         code, _, err = run(capsys, *argv, '--output', tmp_path / 'x')
@@ -321,6 +327,7 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
     assert out.count('finished before') == 2
     assert first == [(folder / 'seed0' / 'console.log').stat().st_mtime_ns for folder in folders]
 
+    shutil.copytree(folders[0] / 'seed0', folders[0] / 'seed0-old')  # a copy is no run of its own
     code, out, _ = run(capsys, 'affines', '--show', '--output', output)
     assert code == 0 and out == (output / 'table.md').read_text() and 'Here: DIGITS, 1 epoch.' in out
     own = [json.loads((folders[0] / f'seed{seed}' / 'log.txt').read_text())['max_accuracy'] for seed in (0, 1)]
@@ -368,7 +375,7 @@ def test_a_table_of_recipes(tmp_path: Path, capsys: pytest.CaptureFixture, monke
     monkeypatch.setattr(ablate.Child, 'run', run_inside)
     argv = ['recipes', '--seeds', '0', '--output', tmp_path, '--model-kwargs', 'embed_dim=16', 'depth=1', 'num_heads=2']
     code, _, err = run(capsys, *argv, '--epochs', '3')
-    assert code == 2 and "--epochs is what this table's rows differ in" in err
+    assert code == 2 and "--epochs is set by this table's rows" in err
     code, out, err = run(capsys, *argv)
     assert code == 0 and 'paper' not in out and 'Here: DIGITS, 1 epoch; DIGITS, 2 epochs.' in out, err
     for number, name, epochs, batch, lr in ((1, 'slow', 1, 256, 5e-4), (2, 'fast', 2, 128, 2e-3)):

@@ -56,6 +56,7 @@ def test_variants() -> None:
     [
         (['step', '--baseline', '--amp half'], 2, 'invalid choice'),
         (['step', '--model', 'nothing'], 2, 'no such model'),
+        (['step', '--distillation-type', 'hard'], 2, 'a step with a teacher is not measured'),
         (['loader', '--data-path', 'no-such-folder', '--data-set', 'FOLDER'], 1, 'no-such-folder'),
         (['speed'], 2, 'invalid choice'),
         (['step', '--rounds', '0'], 2, 'at least 1'),

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import models  # noqa: F401
+from config.pretrained import load_trained
 from losses import DistillationLoss, Teacher
 from main import main
 from models.distilled import DistilledDHVT
@@ -386,6 +387,8 @@ def test_evit_trains_through_its_schedule_and_resumes(tmp_path: Path, capsys: py
     logged = json.loads((half / 'log.txt').read_text().splitlines()[-1])['test_loss']
     assert main(evaluation)['test_loss'] == logged  # at that epoch's keep rate
     assert main([*evaluation, '--base_keep_rate', '0.4'])['test_loss'] != logged
+    model = load_trained(str(half / 'checkpoint.pth'))[0]  # what predicts, draws and exports
+    assert [block.keep_rate for block in model.blocks] == [1.0, rates[1], rates[1], 1.0]  # type: ignore[union-attr]
     more = ['--epochs', '4', '--output_dir', str(half), '--auto-resume', '--force-resume']
     main([*flags, *more])
     stored = stored_args(ckpt.load(str(half / 'checkpoint.pth')))

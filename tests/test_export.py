@@ -29,7 +29,7 @@ from config.pretrained import load_trained
 from datasets import load_digits
 from main import main as train
 from pipeline.transforms import build_transform
-from reports.card import MACHINE
+from reports.card import MACHINE, Origin, accuracy
 from tests.conftest import PLAIN, ROOT
 from tests.test_folding import as_trained, norms
 from tools import export
@@ -193,6 +193,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypa
     refused(2, 'is a file', '--format', 'timm', '--out', tmp_path / 'file')
     refused(2, 'holds other files (1 name (notes.txt))', '--format', 'timm', '--out', tmp_path / 'folder')
     refused(2, 'is a folder', '--format', 'onnx', '--out', tmp_path / 'folder')
+    refused(2, 'is a folder', '--format', 'safetensors', '--out', '.')
     refused(2, 'is neither a file nor a new name', '--format', 'onnx', '--out', os.devnull)
     for kind, name in (('safetensors', 'x.onnx'), ('onnx', 'x.pt2'), ('timm', 'x.safetensors'), ('onnx', 'x.pth')):
         refused(2, f'{Path(name).suffix} is the ending of', '--format', kind, '--out', tmp_path / name)
@@ -389,6 +390,8 @@ def test_card_holds_the_training_command(tmp_path: Path) -> None:
     command = shlex.split(card.split('`python ')[1].split('`')[0])
     again, first = vars(parse_args(command[1:])), vars(parse_args([*flags, *model]))
     assert all(again[name] == first[name] for name in first.keys() - MACHINE)
+    inside = {'fingerprint': {}, 'progress': {'done': 1}, 'max_accuracy': 50.0}  # an epoch; that is the model's
+    assert accuracy(Origin(inside, ema=True), {}) == '50.00% top-1 on the test images, the best of its run'
     assert 'license: unknown' in card and 'ArieSeirack' not in (tmp_path / 'digits' / 'config.json').read_text()
 
 

@@ -39,6 +39,7 @@ def test_states_are_those_of_the_forward_pass(fuse: bool, taken: int) -> None:
 
 def test_evit_mask(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flags = [*PLAIN, '--data-set', 'DIGITS', '--batch-size', '128', *EVIT, '--base_keep_rate', '0.5', '--epochs', '1']
+    flags += ['--shrink_start_epoch', '0']
     train([*flags, '--output_dir', str(tmp_path / 'run')])
     checkpoint = str(tmp_path / 'run' / 'checkpoint.pth')
     for number in range(3):

@@ -165,6 +165,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     resnet = tmp_path / 'resnet.pth'
     ckpt.save(resnet, {'model': timm.create_model('resnet10t', num_classes=7).state_dict(),
                        'args': {'model': 'resnet10t', 'input_size': 32}})  # fmt: skip
+    pooled = save(tmp_path / 'pooled.pth', 'vit_tiny_patch16_224', class_token=False, global_pool='avg')
     nameless = tmp_path / 'nameless.pth'
     ckpt.save(nameless, {'model': {'x': torch.zeros(1)}})
     evit = tmp_path / 'evit.pth'
@@ -180,6 +181,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ([dhvt, dhvt], 'cannot be read as an image', 1),
         ([dhvt, str(tmp_path / 'absent.png')], 'absent.png: No such file', 1),
         ([str(resnet), names[0]], 'a DHVT or a DeiT is needed', 1),
+        ([pooled, names[0]], 'a DHVT or a DeiT is needed', 1),
         ([str(nameless), names[0]], 'does not say which model', 2),
         ([str(evit), names[0]], 'draw evit-mask', 1),
     ):

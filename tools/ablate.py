@@ -56,8 +56,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOG = 'console.log'
 LOOK_EVERY, LINE_EVERY = 5.0, 300.0  # seconds between looks at a run, and between lines where there is no terminal
 OWN_FLAGS = {  # which this program gives main.py itself
-    *('--output-dir', '--seed', '--auto-resume', '--no-auto-resume', '--resume', '--eval', '--only-test-speed'),
-    *('--start-epoch', '--export-safetensors', '--model-kwargs', '--fold'),
+    *('--output-dir', '--seed', '--auto-resume', '--resume', '--eval', '--only-test-speed', '--start-epoch'),
+    *('--export-safetensors', '--model-kwargs', '--fold', '--config', '-c'),
 }
 
 
@@ -80,7 +80,14 @@ class Table(NamedTuple):
     title: str
     flags: list[str]
     rows: list[Row]
-    fixed: set[str]  # flags that the rows differ in
+    fixed: set[str]  # flags that the rows set
+
+
+def flag_name(word: str) -> str:
+    """A flag in one spelling, without its value or --no-."""
+    if not word.startswith('--'):
+        return word[:2]
+    return re.sub('^--no-', '--', word.partition('=')[0].replace('_', '-'))
 
 
 def read_table(title: str, flags: str, rows: Sequence[dict[str, Any]], fixed: str = '', **common: Any) -> Table:
@@ -89,7 +96,7 @@ def read_table(title: str, flags: str, rows: Sequence[dict[str, Any]], fixed: st
     joined = [text if isinstance(text, str) else ' '.join(text) for text in texts]
     found = [Row(**{**common, **row, 'flags': text}) for row, text in zip(rows, joined, strict=True)]
     words = [*fixed.split(), *(word for row in found for word in shlex.split(row.flags))]
-    return Table(title, shlex.split(flags), found, {word.partition('=')[0] for word in words if word.startswith('--')})
+    return Table(title, shlex.split(flags), found, {flag_name(word) for word in words if word.startswith('--')})
 
 
 TABLES = {
@@ -152,15 +159,15 @@ def check_further(table: Table, further: Sequence[str], kwargs: Sequence[str]) -
         UsageError: for one of them.
     """
     for arg in further:
-        name = arg.partition('=')[0].replace('_', '-')
-        if arg.startswith('--') and name in OWN_FLAGS:
-            raise UsageError(f'{name} is set by ablate.py')
-        if arg.startswith('--') and name in table.fixed:
-            raise UsageError(f"{name} is what this table's rows differ in")
+        name = flag_name(arg)
+        if name in OWN_FLAGS:
+            raise UsageError(f'{arg.partition("=")[0]} is set by ablate.py')
+        if name in table.fixed:
+            raise UsageError(f"{arg.partition('=')[0]} is set by this table's rows")
     taken = {option.partition('=')[0] for row in table.rows for option in row.options.split()}
     for text in kwargs:
         if text.partition('=')[0] in taken:
-            raise UsageError(f"--model-kwargs {text}: this is what this table's rows differ in")
+            raise UsageError(f"--model-kwargs {text}: this is set by this table's rows")
 
 
 # What is in the folders
@@ -173,7 +180,8 @@ def find_run(folder: Path) -> LoggedRun:
 
 def find_finished(folder: Path) -> dict[str, tuple[float, LoggedRun]]:
     """The finished runs in a row's folder, by seed and fold, with what they count with."""
-    paths = sorted(folder.glob('seed*'), key=lambda path: [int(number) for number in re.findall(r'\d+', path.name)])
+    paths = [path for path in folder.glob('seed*') if re.fullmatch(r'seed\d+(-fold\d+of\d+)?', path.name)]
+    paths.sort(key=lambda path: [int(number) for number in re.findall(r'\d+', path.name)])
     found = {path.name.removeprefix('seed'): find_run(path) for path in paths}
     return {name: (run.final, run) for name, run in found.items() if run.final is not None}
 
@@ -309,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         table: Table = TABLES[args.table]
         output: Path = args.output or Path('output') / 'ablate' / args.table
         if args.show:
+            if further:
+                raise UsageError(f'--show only reads what is there: {further[0]} changes nothing')
             if not output.is_dir():
                 raise InputError(f'{output}: no such folder; --output names it')
             print(write_table(table, output), end='')

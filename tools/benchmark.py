@@ -47,8 +47,9 @@ from training.devices import find_amp_dtype, find_device, keep_freed_memory, set
 from training.distributed import Process
 from utils import InputError, UsageError, num_usable_cores, one_line
 
-DEFAULTS = ['--model', 'dhvt_tiny_cifar_patch4', '--input-size', '32', '--batch-size', '128', '--nb-classes', '100']
-Pass = Callable[[int], int]  # runs so many batches, or all there are; returns the number of images
+DEFAULTS = ['--model', 'dhvt_tiny_cifar_patch4', '--input-size', '32', '--batch-size', '128']
+NUM_CLASSES = 100  # where --nb-classes does not say
+RunBatches = Callable[[int], int]  # so many, or all there are; returns the number of images
 
 
 @dataclass
@@ -68,7 +69,7 @@ def parse_variant(text: str) -> Variant:
         raise UsageError(f'{text!r}: {err}') from None
 
 
-def prepare_loader(args: argparse.Namespace, device: torch.device) -> Pass:
+def prepare_loader(args: argparse.Namespace, device: torch.device) -> RunBatches:
     """What reads batches of training images."""
     loader = open_loaders(args, load_splits(args, Process(), None), Process(), device)[0]
     assert loader is not None
@@ -76,21 +77,26 @@ def prepare_loader(args: argparse.Namespace, device: torch.device) -> Pass:
 
     def read(number: int) -> int:
         loader.batch_sampler.set_epoch(next(epochs))
-        return sum(len(images) for images, _ in itertools.islice(loader, number))
+        images = sum(len(images) for images, _ in itertools.islice(loader, number))
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)  # which augments
+        return images
 
     return read
 
 
-def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> Pass:
+def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> RunBatches:
     """What trains or evaluates a model on the same made-up batch, so many times."""
-    amp_dtype = find_amp_dtype(args.amp, device)
-    model = build_model(args, args.nb_classes).to(device)
+    if args.distillation_type != 'none':
+        raise UsageError(f'--distillation-type {args.distillation_type}: a step with a teacher is not measured')
+    amp_dtype, num_classes = find_amp_dtype(args.amp, device), args.nb_classes or NUM_CLASSES
+    model = build_model(args, num_classes).to(device)
     memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
     if memory_format == torch.channels_last:
         put_channels_last(model)
     size = args.batch_size if what == 'step' else int(1.5 * args.batch_size)
     images = torch.randn(size, args.in_chans, args.input_size, args.input_size, device=device)
-    batch = images, torch.randint(args.nb_classes, (size,), device=device)
+    batch = images, torch.randint(num_classes, (size,), device=device)
     if what == 'eval':
         folded = fold_batchnorm(model)
 
@@ -100,11 +106,11 @@ def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> 
 
         return test
 
-    mixup = build_mixup(args, args.nb_classes)
+    mixup = build_mixup(args, num_classes)
     settings = TrainSettings(
         criterion=create_criterion(mixed=mixup is not None, smoothing=args.smoothing), device=device,
         amp_dtype=amp_dtype, clip_grad=args.clip_grad, accum_steps=args.accum_steps, mixup_fn=mixup,
-        memory_format=memory_format,
+        memory_format=memory_format, train_mode=args.train_mode is not False,
     )  # fmt: skip
     trained = prepare_training(args, model, Process(), device)
     optimizer = build_optimizer(args, model, args.lr * size / 512, device)
@@ -119,7 +125,7 @@ def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> 
     return train
 
 
-def prepare(what: str, flags: Sequence[str]) -> Pass:
+def prepare(what: str, flags: Sequence[str]) -> RunBatches:
     """Builds everything that main.py builds from the flags; returns what is timed."""
     args = parse_args([*DEFAULTS, *flags])
     device = find_device(args.device)
@@ -131,20 +137,22 @@ def prepare(what: str, flags: Sequence[str]) -> Pass:
 
 def measure(what: str, variants: Sequence[Variant], common: Sequence[str], *, rounds: int, seconds: float) -> None:
     """Fills in the variants' rates."""
-    passes = []
+    runs = []
     for variant in variants:
         run = prepare(what, [*common, *variant.flags])
         number = 1 if what != 'loader' else 2**62
-        while True:  # warms up, until a pass is long enough
+        if what != 'loader':
+            run(1)  # which compiles
+        while True:  # warms up, until a measurement is long enough
             began = time.perf_counter()
             run(number)
             taken = time.perf_counter() - began
             if taken >= seconds or what == 'loader':  # an epoch is as long as it is
                 break
             number = max(number + 1, min(4 * number, round(number * seconds / max(taken, 1e-9)) + 1))
-        passes.append((run, number))
+        runs.append((run, number))
     for _ in range(rounds):
-        for variant, (run, number) in zip(variants, passes, strict=True):
+        for variant, (run, number) in zip(variants, runs, strict=True):
             began = time.perf_counter()
             images = run(number)
             variant.rates.append(images / (time.perf_counter() - began))
@@ -175,7 +183,8 @@ def get_args_parser() -> FlagParser:
     parser = FlagParser('benchmark.py', description=(__doc__ or '').splitlines()[0])
     parser.add_argument('what', choices=('step', 'eval', 'loader'))
     parser.add_argument('--baseline', default='', metavar='FLAGS', help='the variant that others are compared with')
-    parser.add_argument('--candidate', action='append', default=[], metavar='FLAGS', help='another; may be repeated')
+    parser.add_argument('--candidate', action='append', default=[], metavar='FLAGS',
+                        help='another; may be repeated; one word as --candidate=--grad-checkpointing')  # fmt: skip
     parser.add_argument('--rounds', default=5, type=FROM_ONE, help='measurements of each variant')
     parser.add_argument('--seconds', default=5.0, type=POSITIVE, help='length of a measurement, at least')
     return parser

@@ -3,7 +3,7 @@
 #
 # Each command is printed before it runs. From the environment:
 #   DATA       train/<class>/ and val/<class>/ with 32-px images (data/cifar10-jpeg); without it loader reads the
-#              digits, and augment and data are left out
+#              digits, augment is left out, and data measures memory alone
 #   ROUNDS     measurements of each variant (5)
 #   PYTHON     the interpreter
 #   DRY_RUN=1  print the commands only
@@ -21,6 +21,12 @@ case $kind in
 esac
 shift
 wanted=" ${*:-step eval loader augment data} "
+for word in "$@"; do
+    case $word in
+        step | eval | loader | augment | data) ;;
+        *) echo "error: $word is none of step, eval, loader, augment, data" >&2; exit 2 ;;
+    esac
+done
 DATA=${DATA:-data/cifar10-jpeg} ROUNDS=${ROUNDS:-5}
 [ -n "$DRY_RUN" ] || find_python
 
@@ -28,12 +34,7 @@ DATA=${DATA:-data/cifar10-jpeg} ROUNDS=${ROUNDS:-5}
 measure() {
     [[ $wanted == *" $1 "* ]] || return 0
     shift
-    local word
-    printf '\n+ python'
-    for word in "$@"; do
-        case $word in *[!A-Za-z0-9_./:=,-]*) printf ' "%s"' "$word" ;; *) printf ' %s' "$word" ;; esac
-    done
-    printf '\n'
+    printf '\n+ python%s\n' "$(printf ' %q' "$@")"
     [ -n "$DRY_RUN" ] || "$python" "$root/$1" "${@:2}"
 }
 

@@ -68,10 +68,10 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def describe(settings: Settings) -> dict[str, Any]:
-    """What a program needs to know to use the logits."""
+def describe(settings: Settings, origin: Origin) -> dict[str, Any]:
+    """What a program needs to know to use the logits, and its owner's licence."""
     said = {'model': settings.name, 'input_size': settings.input_size, 'classes': settings.classes}
-    return {**said, 'mean': list(settings.mean), 'std': list(settings.std)}
+    return {**said, 'mean': list(settings.mean), 'std': list(settings.std), **origin.claims}
 
 
 # Each of these writes to a path, and gives the logits of what it has read back from there.
@@ -81,7 +81,7 @@ def write_torch_export(model: nn.Module, settings: Settings, path: Path, origin:
     """A program of torch.export, with what describes it as the extra file dhvt.json."""
     images = torch.randn(3, *settings.shape)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
-    torch.export.save(program, path, extra_files={f'{ABOUT}.json': json.dumps(describe(settings))})
+    torch.export.save(program, path, extra_files={f'{ABOUT}.json': json.dumps(describe(settings, origin))})
     return torch.export.load(path).module()
 
 
@@ -106,7 +106,7 @@ def write_onnx(model: nn.Module, settings: Settings, path: Path, origin: Origin)
         verbose=False,
     )
     assert program is not None
-    about = describe(settings)
+    about = describe(settings, origin)
     program.model.metadata_props.update({name: json.dumps(value) for name, value in about.items()})
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
@@ -147,7 +147,7 @@ def write_safetensors(model: nn.Module, settings: Settings, path: Path, origin: 
         config = json.loads(Path(folder, 'config.json').read_text())
     metadata = ckpt.description(origin.checkpoint)
     metadata['args'] = {**metadata['args'], 'model': settings.name, 'input_size': settings.input_size}
-    metadata |= {**describe(settings), 'timm': config}
+    metadata |= {**describe(settings, origin), 'timm': config}
     metadata.pop('model')  # where a checkpoint has its weights
     path.write_bytes(ckpt.to_safetensors(model.state_dict(), metadata))
     return load_trained(str(path))[0]
@@ -158,7 +158,7 @@ def write_timm(model: nn.Module, settings: Settings, path: Path, origin: Origin)
     path.mkdir()
     (path / 'README.md').write_text(model_card(model, settings, origin), encoding='utf-8')
     timm_config(model, settings, path / 'config.json', origin)  # takes the claims of timm's registry out of the model
-    (path / 'model.safetensors').write_bytes(ckpt.to_safetensors(model.state_dict(), describe(settings)))
+    (path / 'model.safetensors').write_bytes(ckpt.to_safetensors(model.state_dict(), describe(settings, origin)))
     return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
 
 
@@ -180,6 +180,8 @@ def find_target(kind: str, given: Path) -> Path:
     Raises:
         UsageError: if the format cannot be written there.
     """
+    if ENDINGS[kind] and not given.name:
+        raise UsageError(f'--out {given} is a folder: --format {kind} writes a file')
     others = {ending: name for name, ending in ENDINGS.items() if ending != ENDINGS[kind]} | {'.pth': 'a checkpoint'}
     owner = others.get(given.suffix) if given.suffix else None
     if owner:

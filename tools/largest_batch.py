@@ -3,8 +3,8 @@
     python tools/largest_batch.py --model dhvt_tiny_imagenet_patch16 --input-size 224
 
 For the flags of main.py alone, with --grad-checkpointing and with --accum-steps 2. Each peak is that of a process of
-its own (its largest resident memory, program included) after two steps of `tools/benchmark.py step`; the largest batch
-lies on the straight line through the peaks.
+its own (its largest resident memory, program included) after three steps of `tools/benchmark.py step`; the largest
+batch lies on the straight line through the peaks.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, FlagParser
-from utils import InputError
+from utils import InputError, UsageError
 
-ROOMS = (8, 16, 24)  # GiB
-WAYS: tuple[list[str], ...] = ([], ['--grad-checkpointing'], ['--accum-steps', '2'])
+MEMORY_GIB = (8, 16, 24)
+FLAG_SETS: tuple[list[str], ...] = ([], ['--grad-checkpointing'], ['--accum-steps', '2'])
 
 
 def get_args_parser() -> FlagParser:
@@ -34,7 +34,7 @@ def get_args_parser() -> FlagParser:
 
 
 def peak_memory(flags: Sequence[str]) -> float:
-    """GiB that two training steps have held at most.
+    """GiB that three training steps have held at most.
 
     Raises:
         InputError: if they fail.
@@ -54,13 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, flags = get_args_parser().parse_known_args(argv)
     sizes = args.batch_sizes
     with one_line_errors('largest_batch.py'):
-        titles = [*(f'batch {size}, GiB' for size in sizes), *(f'largest in {room} GiB' for room in ROOMS)]
+        if len(set(sizes)) < 2:
+            raise UsageError('--batch-sizes: a line needs two sizes at least')
+        titles = [*(f'batch {size}, GiB' for size in sizes), *(f'largest in {room} GiB' for room in MEMORY_GIB)]
         print(f'| | {" | ".join(titles)} |\n{"|---" * (len(titles) + 1)}|')
-        for way in WAYS:
-            peaks = [peak_memory([*flags, *way, '--batch-size', str(size)]) for size in sizes]
+        for further in FLAG_SETS:
+            peaks = [peak_memory([*flags, *further, '--batch-size', str(size)]) for size in sizes]
             image, rest = np.polyfit(sizes, peaks, 1)
-            cells = [*(f'{peak:.2f}' for peak in peaks), *(f'{(room - rest) // image:.0f}' for room in ROOMS)]
-            print(f'| {" ".join(way) or "plain"} | {" | ".join(cells)} |', flush=True)
+            cells = [
+                *(f'{peak:.2f}' for peak in peaks),
+                *(f'{max((room - rest) // image, 0):.0f}' for room in MEMORY_GIB),
+            ]
+            print(f'| {" ".join(further) or "plain"} | {" | ".join(cells)} |', flush=True)
 
 
 if __name__ == '__main__':

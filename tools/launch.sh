@@ -1,4 +1,4 @@
-# Sourced by run_code.sh, finetune.sh and check.sh: finds or makes the Python environment, starts main.py.
+# Sourced by the other scripts: finds or makes the Python environment, starts main.py.
 # Paths that a user gives are relative to the folder the user is in; the project's own are under $root.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -72,17 +72,6 @@ keep_last_of_each_flag() {
         end=$i
     done
     flags=("${kept[@]}")
-}
-
-# flag_value NAME FLAG…: what main.py will take for a flag, its last value among FLAGs.
-flag_value() {
-    local name=$1 value=''
-    shift
-    while [ $# -gt 0 ]; do
-        case $1 in "$name") value=${2:-} ;; "$name"=*) value=${1#*=} ;; esac
-        shift
-    done
-    echo "$value"
 }
 
 # launch NAME MODEL TOTAL_BATCH FLAG…: trains with TOTAL_BATCH images a step, shared out over all processes.

@@ -92,7 +92,7 @@ class Counts:
 # Inputs
 
 
-class Part(Dataset[Sample]):
+class PredictDataset(Dataset[Sample]):
     """The images of a data set as the model wants them, each under its name after a prefix."""
 
     def __init__(self, images: ImageDataset, settings: Settings, prefix: str = '') -> None:
@@ -131,11 +131,11 @@ def find_images(
         stream: the list that '-' stands for.
         complain: called with a line for each input that cannot be had.
     """
-    parts: list[Part] = []
+    parts: list[PredictDataset] = []
     files: list[str] = []
 
     def add_files() -> None:
-        parts.append(Part(FileDataset(Split(Path(), files, [0] * len(files)), ['']), settings))
+        parts.append(PredictDataset(FileDataset(Split(Path(), files, [0] * len(files)), ['']), settings))
         files.clear()
 
     listed = (os.fsdecode(line.rstrip(b'\r\n')) for line in stream)
@@ -147,7 +147,7 @@ def find_images(
                 complain(one_line(err))
                 continue
             add_files()
-            parts.append(Part(records, settings, f'{path}/'))
+            parts.append(PredictDataset(records, settings, f'{path}/'))
         elif os.path.isdir(path):  # noqa: PTH112  of a path that is not to change
             found = len(files)
             files += _images_below(path, complain)

@@ -126,7 +126,8 @@ def load_attentive(args: argparse.Namespace) -> tuple[DHVT | VisionTransformer, 
     size = tuple(args.size or own)
     if isinstance(model, EViT):
         raise InputError(f'{args.checkpoint} is of an EViT, whose patches move from layer to layer: draw evit-mask')
-    if not isinstance(model, (DHVT, VisionTransformer)):
+    blocks: Any = getattr(model, 'blocks', ())
+    if not isinstance(model, (DHVT, VisionTransformer)) or model.cls_token is None or not hasattr(blocks[0], 'attn'):
         raise InputError(f'{args.checkpoint} is of {settings.name}: a DHVT or a DeiT is needed')
     sides = to_2tuple(model.patch_embed.patch_size)
     if size[0] % sides[0] or size[1] % sides[1]:

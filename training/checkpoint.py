@@ -34,7 +34,7 @@ PLAIN = (
     *('args', 'classes', 'fingerprint', 'epoch', 'progress', 'max_accuracy', 'best_of', 'keep_rate'),
     *('history', 'timings', 'left_out'),
 )  # what is printed, compared and written on, and never holds tensors
-MOST_VALUES, MOST_DEPTH, MOST_BITS = 2_000_000, 20, 64
+MAX_VALUES, MAX_DEPTH, MAX_BITS = 2_000_000, 20, 64
 
 
 def _sync_folder(folder: Path) -> None:
@@ -207,15 +207,15 @@ def check_plain(value: Any, what: str) -> None:
 
     `what` names it in the message.
     """
-    left = MOST_VALUES
+    left = MAX_VALUES
     stack = [(value, 0)]
     while stack:
         item, depth = stack.pop()
         if isinstance(item, argparse.Namespace):
             item = vars(item)
         left -= 1 + len(item) if isinstance(item, (str, bytes, Mapping, list, tuple, set)) else 1
-        large = isinstance(item, int) and item.bit_length() > MOST_BITS
-        if left < 0 or depth > MOST_DEPTH or large or isinstance(item, Tensor):
+        large = isinstance(item, int) and item.bit_length() > MAX_BITS
+        if left < 0 or depth > MAX_DEPTH or large or isinstance(item, Tensor):
             kind = 'a tensor' if isinstance(item, Tensor) else 'a number of too many digits' if large else 'too much'
             raise InputError(f'{what} holds {kind}: it is not of this program')
         if isinstance(item, Mapping):

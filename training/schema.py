@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils import InputError
 
-MOST = 2**53  # of counts, which floats hold exactly up to there
+MAX_COUNT = 2**53  # of counts, which floats hold exactly up to there
 # How an optimizer computes is a matter of this machine, not of the run.
 IMPLEMENTATION = ('fused', 'foreach', 'capturable', 'differentiable', 'maximize', 'params')
 
@@ -63,7 +63,7 @@ def is_number(value: Any, *, low: float = 0.0, high: float = math.inf) -> bool:
     return plain and (isinstance(value, float) or value.bit_length() <= 64) and low <= value <= high
 
 
-def is_count(value: Any, *, high: int = MOST) -> bool:
+def is_count(value: Any, *, high: int = MAX_COUNT) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= high
 
 

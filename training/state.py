@@ -28,7 +28,7 @@ FREE_ARGUMENTS = {
     *('log_wandb', 'wandb_project', 'wandb_tags', 'experiment'),
 }  # fmt: skip
 
-MOST_EPOCHS = 1_000_000
+MAX_EPOCHS = 1_000_000
 # Those of the model and the data: with others a checkpoint's weights do not even fit.
 MODEL_ARGUMENTS = {
     *('model', 'model_kwargs', 'in_chans', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'),
@@ -170,7 +170,7 @@ def read_progress(state: Mapping[str, Any], source: str) -> TrainingProgress:
     most = done if num_draws is None else num_draws
     epoch, left_out = found['epoch'], found['left_out']
     for right, name in (
-        (isinstance(epoch, int) and is_count(epoch + 1, high=MOST_EPOCHS), 'epoch'),
+        (isinstance(epoch, int) and is_count(epoch + 1, high=MAX_EPOCHS), 'epoch'),
         (is_number(found['max_accuracy'], low=-1, high=100), 'max_accuracy'),
         (found['best_of'] in ('model', 'model_ema'), 'best_of'),
         (found['keep_rate'] is None or is_number(found['keep_rate'], high=1), 'keep_rate'),
