@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import InputError, NonFiniteError, ProgressBar, SizedLoader, all_reduce, get_rank, get_world_size, seed_all
+import utils
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,29 +37,14 @@ class TrainSettings:
 
 
 @dataclass
-class EpochSums:
-    """Sums over the batches of an epoch; a checkpoint in the middle of the epoch holds them."""
-
-    loss_sum: float = 0.0
-    losses: int = 0
-    norm_sum: float = 0.0
-    norms: int = 0
-    skipped: int = 0  # optimizer steps that the loss scaler left out
-    skipped_in_a_row: int = 0
-    lr: float = 0.0  # of the last step
-    seconds: float = 0.0
-    data_seconds: float = 0.0  # of these, spent waiting for the loader
-
-
-@dataclass
-class EpochLog:
+class MetricLogger:
     """An epoch's losses and gradient norms, which stay on the device until they are read.
 
     `unread` has an entry for each optimizer step: its first batch, learning rate, batches' losses, gradient norm.
     """
 
-    sums: EpochSums
-    progress: ProgressBar
+    sums: utils.EpochSums
+    progress: utils.ProgressBar
     epoch: int
     scaler: torch.amp.GradScaler
     max_skipped: int
@@ -76,7 +61,7 @@ class EpochLog:
         if not self.unread:
             return
         losses = torch.stack([loss for _, _, group, _ in self.unread for loss in group])
-        values = iter((all_reduce(losses) / get_world_size()).tolist())
+        values = iter((utils.all_reduce(losses) / utils.get_world_size()).tolist())
         norms = torch.stack([norm for *_, norm in self.unread]).tolist()
         for (batch, sums.lr, group, _), norm in zip(self.unread, norms, strict=True):
             step_losses = [next(values) for _ in group]
@@ -91,7 +76,7 @@ class EpochLog:
             sums.skipped += 1
             sums.skipped_in_a_row += 1
             if not self.scaler.is_enabled() or sums.skipped_in_a_row > self.max_skipped:
-                raise NonFiniteError(
+                raise utils.NonFiniteError(
                     skipped_in_a_row=sums.skipped_in_a_row,
                     epoch=self.epoch,
                     batch=batch,
@@ -116,11 +101,10 @@ class EpochLog:
         progress.show({**shown, 's/step': f'{progress.seconds / (progress.step + 1 - progress.first):.3f}'})
 
     def means(self) -> dict[str, float]:
-        """What `train_one_epoch` returns, without the keep rate."""
+        """What `train_one_epoch` returns."""
         sums = self.sums
         if not sums.losses:
-            what = f'no step of epoch {self.epoch} gave finite numbers'
-            raise InputError(f'{what}: try --amp bf16 or off, or a lower --lr')
+            raise utils.InputError(f'epoch {self.epoch} gave no finite numbers: try --amp bf16 or off, or a lower --lr')
         means = {'loss': sums.loss_sum / sums.losses, 'lr': sums.lr, 'grad_norm': sums.norm_sum / sums.norms}
         return {**means, 'skipped_steps': sums.skipped} if self.scaler.is_enabled() else means
 
@@ -148,7 +132,7 @@ def forward(model: nn.Module, images: Tensor, amp_dtype: torch.dtype | None, kee
 
 def train_one_epoch(
     model: nn.Module,
-    loader: SizedLoader,
+    loader: utils.SizedLoader,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: TrainSettings,
@@ -156,7 +140,7 @@ def train_one_epoch(
     epoch: int,
     model_ema: ModelEmaV3 | None = None,
     first: int = 0,
-    sums: EpochSums | None = None,
+    sums: utils.EpochSums | None = None,
     after_step: Callable[[int, Callable[[], None]], None] | None = None,
 ) -> dict[str, float]:
     """Trains for one epoch, or from batch number `first` on, with the `sums` of those before.
@@ -172,23 +156,23 @@ def train_one_epoch(
 
     Returns:
         `loss`, the mean over all batches and processes; `lr`, after scaling, of the last step; `grad_norm`, the mean
-        before clipping; with an enabled scaler `skipped_steps`; of an EViT the last `keep_rate`.
+        before clipping; with an enabled scaler `skipped_steps`.
 
     Raises:
         NonFiniteError: on all processes alike, for a loss or a gradient that is no finite number; with an enabled
             scaler for more than `max_skipped_steps` in a row.
     """
     model.train(settings.train_mode)
-    progress = ProgressBar(loader, header=f'Epoch {epoch}', print_freq=settings.print_freq, first=first)
-    log = EpochLog(sums or EpochSums(), progress, epoch, scaler, settings.max_skipped_steps)
+    progress = utils.ProgressBar(loader, header=f'Epoch {epoch}', print_freq=settings.print_freq, first=first)
+    log = MetricLogger(sums or utils.EpochSums(), progress, epoch, scaler, settings.max_skipped_steps)
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     losses: list[Tensor] = []  # of this optimizer step
     optimizer.zero_grad()
     for step, (images, targets) in enumerate(progress, start=first):
         images = images.to(settings.device, non_blocking=True, memory_format=settings.memory_format)
         targets = targets.to(settings.device, non_blocking=True)
-        progress.images += len(images) * get_world_size()
-        seed_all(settings.seed, get_rank(), epoch, step)
+        progress.images += len(images) * utils.get_world_size()
+        utils.seed_all(settings.seed, utils.get_rank(), epoch, step)
         if settings.mixup_fn is not None:
             images, targets = settings.mixup_fn(images, targets)
         start = step - len(losses)  # the first batch of this optimizer step
@@ -213,16 +197,14 @@ def train_one_epoch(
         if is_last and after_step is not None:
             after_step(step + 1, log.read)
     log.read()
-    if settings.keep_rate is None:
-        return log.means()
-    return {**log.means(), 'keep_rate': settings.keep_rate(epoch, progress.steps - 1, progress.steps)}
+    return log.means()
 
 
 @torch.inference_mode()
 def evaluate(
     *,
     model: nn.Module,
-    loader: SizedLoader,
+    loader: utils.SizedLoader,
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     sharded: bool = False,
@@ -242,13 +224,13 @@ def evaluate(
         than five; `images`, how many they are made from.
     """
     model.eval()
-    progress = ProgressBar(loader, header=header)
+    progress = utils.ProgressBar(loader, header=header)
     loss_sum = torch.zeros((), device=device)
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, right at once, right among five
     for images, targets in progress:
         if stop is not None and stop():
             break
-        progress.images += len(images) * (get_world_size() if sharded else 1)
+        progress.images += len(images) * (utils.get_world_size() if sharded else 1)
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         logits = forward(model, images, amp_dtype, keep_rate)
@@ -258,10 +240,10 @@ def evaluate(
         if progress.due():
             progress.show({'loss': f'{loss_sum.item() / max(counts[0].item(), 1):.4f}'})
     if sharded:
-        all_reduce(loss_sum)
-        all_reduce(counts)
-    total, right1, right5 = counts.tolist()
+        utils.all_reduce(loss_sum)
+        utils.all_reduce(counts)
+    total, *right = counts.tolist()
     if total == 0:
         return {}
-    accuracies = {'acc1': 100 * right1 / total, 'acc5': 100 * right5 / total}
-    return {'loss': loss_sum.item() / total, **accuracies, 'images': total}
+    acc1, acc5 = (100 * number / total for number in right)
+    return {'loss': loss_sum.item() / total, 'acc1': acc1, 'acc5': acc5, 'images': total}

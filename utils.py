@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -138,6 +139,21 @@ class SizedLoader(Protocol):
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass
+class EpochSums:
+    """Sums over the batches of an epoch; a checkpoint in the middle of the epoch holds them."""
+
+    loss_sum: float = 0.0
+    losses: int = 0
+    norm_sum: float = 0.0
+    norms: int = 0
+    skipped: int = 0  # optimizer steps that the loss scaler left out
+    skipped_in_a_row: int = 0
+    lr: float = 0.0  # of the last step
+    seconds: float = 0.0
+    data_seconds: float = 0.0  # of these, spent waiting for the loader
 
 
 class ProgressBar:

@@ -19,6 +19,7 @@ from config.flags import (
     PIXELS,
     POSITIVE,
     PROBABILITY,
+    SECONDS,
     SEED,
     FlagParser,
     add_data_flags,
@@ -119,7 +120,7 @@ def get_args_parser() -> FlagParser:
     group = parser.add_argument_group('optimizer')
     group.add_argument('--opt', default='adamw', help="a name of timm's optimizers")
     group.add_argument('--opt-eps', default=1e-8, type=POSITIVE, help='epsilon')
-    group.add_argument('--opt-betas', nargs=2, type=PROBABILITY, help="betas; the optimizer's own by default")
+    group.add_argument('--opt-betas', nargs='+', type=PROBABILITY, help="betas; the optimizer's own by default")
     group.add_argument('--clip-grad', type=POSITIVE, metavar='NORM', help='largest gradient norm')
     group.add_argument('--momentum', default=0.9, type=PROBABILITY, help='of optimizers that have one')
     group.add_argument('--layer-decay', type=PART, help="factor of the learning rate from each layer to the one before "
@@ -239,14 +240,14 @@ def get_args_parser() -> FlagParser:
                        help='mixed precision: auto is bf16 where the hardware has it, else fp16 on GPUs')  # fmt: skip
     group.add_argument('--compile', default='off', choices=('off', 'default', 'reduce-overhead', 'max-autotune'),
                        help="torch.compile's mode for the training step")  # fmt: skip
-    group.add_argument('--channels-last', action=switch, help='channels innermost in memory; where it pays by default')
+    group.add_argument('--channels-last', action=switch, help='channels innermost in memory, which is the default')
     group.add_argument('--tf32', action=switch, default=True, help='TensorFloat-32 for float32 products on GPUs')
 
     group = parser.add_argument_group('processes', 'torchrun and SLURM set these themselves')
     group.add_argument('--world_size', default=1, type=FROM_ONE, help='number of processes, if started by hand')
     group.add_argument('--local_rank', default=0, type=COUNT, help="this process's number")
     group.add_argument('--dist_url', default='env://', help='env:// or tcp://HOST:PORT')
-    group.add_argument('--timeout', default=1800, type=POSITIVE, metavar='SECONDS', help='longest wait for another '
+    group.add_argument('--timeout', default=1800, type=SECONDS, metavar='SECONDS', help='longest wait for another '
                        'process of the group, or for a batch from a loader process')  # fmt: skip
     return parser
 
@@ -296,6 +297,10 @@ def check_args(args: argparse.Namespace) -> None:
         (distils and args.train_mode is not True and (args.finetune or args.train_mode is False),
          'distillation needs the model in training mode: add --train-mode'),
         (args.lr_noise and len(args.lr_noise) > 2, '--lr-noise takes one part of the training, or two'),
+        (args.lr_noise and args.lr_noise_pct * 100 <= args.lr_noise_std,  # timm draws until one is below
+         '--lr-noise-pct has to be above a hundredth of --lr-noise-std'),
+        (args.sched == 'plateau' and args.decay_rate >= 1, '--decay-rate has to be below 1 for --sched plateau'),
+        (args.smoothing == 1 and not mixes_images(args), '--smoothing 1 leaves nothing of the classes: below 1'),
         (args.eval and not (args.resume or args.finetune),
          '--eval needs the weights: --resume FILE or --finetune FILE'),
         (args.resplit and (args.reprob == 0 or args.no_aug),

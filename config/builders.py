@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -134,11 +135,14 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
         UsageError: if timm does not know it, or it refuses its arguments.
     """
     kwargs = {**optimizer_kwargs(args), 'lr': lr}  # timm drops what an optimizer does not take
-    if args.opt_betas is not None:
-        kwargs['betas'] = tuple(args.opt_betas)
     if args.opt in ('adam', 'adamw') and device.type in ('cuda', 'cpu'):
         kwargs['fused'] = True  # one kernel; on GPUs it skips steps that float16 spoils without a wait for the host
     try:
+        if args.opt_betas is not None:
+            kwargs['betas'] = tuple(args.opt_betas)
+            known = get_optimizer_info(args.opt.lower().rpartition('_')[2])
+            if known.has_betas and len(args.opt_betas) != known.num_betas:
+                raise ValueError(f'--opt-betas takes {known.num_betas} numbers')
         optimizer = create_optimizer_v2(model, **kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError) as err:
         raise UsageError(f'--opt {args.opt}: {one_line(err)}') from None
@@ -157,6 +161,8 @@ def build_average(args: argparse.Namespace, model: nn.Module) -> MovingAverage |
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int = 1) -> Any:
     """timm's schedule, by epochs or by optimizer steps."""
+    # Its plateau says that a resumed run starts over, which one of ours does not (training/state.py).
+    warnings.filterwarnings('ignore', 'PlateauLRScheduler is deprecated', FutureWarning)
     if args.epochs <= args.warmup_epochs:
         log(f'Note: --epochs {args.epochs} is not above --warmup-epochs {args.warmup_epochs}: the schedule never '
             'reaches its rate; lower --warmup-epochs')  # fmt: skip

@@ -97,6 +97,7 @@ PIXELS = number(int, low=1, high=MAX_PIXELS)
 AMOUNT, POSITIVE = number(float, low=0.0), number(float, low=0.0, low_open=True)
 PROBABILITY, PART = number(float, low=0.0, high=1.0), number(float, low=0.0, high=1.0, low_open=True)
 SEED = number(int, low=0, high=2**31 - 1)
+SECONDS = number(float, low=0.0, high=1e6, low_open=True)  # of a wait: polls take no more milliseconds than 2**31
 
 
 def data_set(text: str) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 
 import folder2lmdb
 from config.arguments import parse_args
-from config.builders import build_model, build_optimizer, build_scheduler
+from config.builders import build_criterion, build_model, build_optimizer, build_scheduler
 from config.data import load_splits, open_loaders
 from config.pretrained import load_trained
 from datasets import DATA_SETS, DataSource, build_datasets
@@ -80,8 +80,8 @@ VALUES: dict[str, list[list[str]]] = {
     'model-kwargs': [['depth=1'], ['depth=0'], ['embed_dim=7'], ['x'], ['=1'], ['depth=[]'], ['num_heads=-1'], []],
     'model': [['vgg11'], [''], ['nonsense'], ['deit_tiny_cifar_patch4'], ['resnet10t'], ['dhvt_tiny_cifar_patch4']],
     'opt': [['sgd'], ['nonsense'], [''], ['lamb']],
-    'opt-betas': [['0.9'], ['0.9', '0.99'], ['2', '3'], ['x', 'y'], ['1', '1']],
-    'sched': [['cosine'], ['step'], ['poly'], ['tanh'], ['nonsense']],
+    'opt-betas': [['0.9'], ['0.9', '0.99'], ['2', '3'], ['x', 'y'], ['1', '1'], ['0.9', '0.9', '0.9']],
+    'sched': [['cosine'], ['step'], ['poly'], ['tanh'], ['plateau'], ['nonsense']],
     'drop_loc': [['1'], ['(3, 6'], ['x'], ['99'], ['1', '2']],
     'aa': [['none'], [''], ['rand-m9'], ['rand-mx'], ['nonsense'], ['original'], ['augmix-m3'], ['rand-n3-p2']],
     'remode': [['pixel'], ['const'], ['x']],
@@ -162,6 +162,7 @@ def test_any_flags(argv: list[str]) -> None:
         optimizer = build_optimizer(args, model, args.lr, torch.device('cpu'))
         scheduler = build_scheduler(args, optimizer)
         scheduler.step(1, 0.0)
+        build_criterion(args, Process(), model, splits)
         assert splits.train is not None or args.eval
         loader, _, _ = open_loaders(args, splits, Process(), torch.device('cpu'))
         if loader is not None and not args.num_workers and args.batch_size <= 64:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import NonFiniteError, TrainSettings, evaluate, train_one_epoch
+from engine import TrainSettings, evaluate, train_one_epoch
+from utils import NonFiniteError
 
 CPU = torch.device('cpu')
 

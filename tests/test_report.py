@@ -24,7 +24,6 @@ from PIL import Image
 
 from config.arguments import parse_args
 from datasets import load_digits
-from engine import EpochSums
 from main import main as train
 from pipeline.transforms import build_transform
 from reports import figures as report_figures
@@ -36,6 +35,7 @@ from tests.test_engine import data, linear, loader
 from tests.test_engine import train as train_linear
 from tools import report
 from training import checkpoint as ckpt
+from utils import EpochSums
 
 DIGITS = [*SMALL_MODEL, *PLAIN, '--data-set', 'DIGITS', '--batch-size', '64', '--lr', '8e-3', '--report']
 VOID = {'meta', 'img', 'br'}

@@ -62,23 +62,17 @@ data_flags() {
     data_path=${DATA:-$data_path}
 }
 
-# keep_last_of_each_flag: drops from flags those that come again later, in either spelling or as --no-…: the user's win.
-keep_last_of_each_flag() {
-    local i name kept=() seen=' ' end=${#flags[@]}
-    for ((i = end - 1; i >= 0; i--)); do
-        case ${flags[i]} in -[!0-9.]*) ;; *) continue ;; esac
-        name=${flags[i]%%=*} name=${name//_/-} name=${name/#--no-/--}
-        case $seen in *" $name "*) ;; *) kept=("${flags[@]:i:end-i}" "${kept[@]}") seen+="$name " ;; esac
-        end=$i
-    done
-    flags=("${kept[@]}")
-}
-
 # launch NAME MODEL TOTAL_BATCH FLAG…: trains with TOTAL_BATCH images a step, shared out over all processes.
 launch() {
     local name=$1 model=$2 total=$3
     shift 3
     local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} restarts=${RESTARTS:-0} command gpus number line
+    for number in "${nproc:-1}" "$nnodes" "$accum"; do
+        if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
+            echo "error: NPROC, NNODES and ACCUM are whole numbers from 1 on, not '$number'" >&2
+            exit 2
+        fi
+    done
     if [ -z "$nproc" ]; then
         gpus=$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))' 2> /dev/null || echo 1)
         nproc=$gpus
@@ -87,12 +81,6 @@ launch() {
         done
         [ "$nproc" -eq "$gpus" ] || echo "Using $nproc of $gpus GPUs, so that they share a total batch of $total evenly."
     fi
-    for number in "$nproc" "$nnodes" "$accum"; do
-        if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
-            echo "error: NPROC, NNODES and ACCUM are whole numbers from 1 on, not '$number'" >&2
-            exit 2
-        fi
-    done
     if ! [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]]; then
         echo "error: RESTARTS is a whole number, not '$restarts'" >&2
         exit 2
@@ -107,7 +95,7 @@ launch() {
     # By default a hang-up ends torchrun's group, although nohup had it ignored.
     [ -z "$(trap -p HUP)" ] || torchrun+=(--signals-to-handle SIGTERM,SIGINT,SIGQUIT)
     if [ "$LAUNCHER" = srun ]; then
-        command=(srun --kill-on-bad-exit=1 "$python") # slurm.sh: a task for each process
+        command=(srun --kill-on-bad-exit=1 --ntasks=$((nproc * nnodes)) --ntasks-per-node="$nproc" "$python") # slurm.sh
     elif [ $((nproc * nnodes)) -eq 1 ] && [ "$restarts" -eq 0 ]; then
         command=("$python")
     elif [ "$nnodes" -eq 1 ]; then
@@ -124,8 +112,7 @@ launch() {
         --data-set "$data_set" --output_dir "${OUTPUT:-output/$name}" --auto-resume --checkpoint-every 10m)
     [ -z "$model" ] || flags=(--model "$model" "${flags[@]}")
     [ -z "$data_path" ] || flags+=(--data-path "$data_path")
-    flags+=("$@")
-    keep_last_of_each_flag
+    flags+=("$@") # the last of a flag counts
     command+=("$root/main.py" "${flags[@]}")
     line=$(printf ' %q' "${command[@]}")
     if [ -n "$DRY_RUN" ]; then

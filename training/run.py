@@ -302,9 +302,9 @@ class Run:
     def _finish_epoch(self, train_stats: dict[str, float]) -> None:
         """Evaluates, logs and saves."""
         progress, state, epoch = self.progress, self.state, self.progress.epoch
-        progress.batch, progress.done = progress.batch + len(self.batches), self.batches.length
-        progress.batch = max(progress.batch, 1)
-        progress.keep_rate = train_stats.pop('keep_rate', None)
+        progress.batch, progress.done = max(self.batches.first + len(self.batches), 1), self.batches.length
+        rate = self.settings.keep_rate
+        progress.keep_rate = rate and rate(epoch, progress.batch - 1, progress.batch)  # the last of the epoch
         self.dataset.log_bad_images()
         started = time.perf_counter()
         line = {f'train_{name}': value for name, value in train_stats.items()}
@@ -335,7 +335,7 @@ class Run:
             'train_images': (progress.num_draws or 0) - sum(end - begin for begin, end in progress.skipped_ranges()),
             'train_seconds': round(progress.sums.seconds, 3),
             'data_seconds': round(progress.sums.data_seconds, 3),
-            'step_seconds': round(progress.sums.seconds / progress.sums.losses, 6),
+            'step_seconds': round(progress.sums.seconds / (progress.sums.norms + progress.sums.skipped), 6),
             'test_seconds': round(time.perf_counter() - started, 3),
         }
         progress.history.append(line)

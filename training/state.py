@@ -11,11 +11,10 @@ import torch
 from timm.scheduler import PlateauLRScheduler
 from torch import Tensor, nn
 
-from engine import EpochSums
 from training.ema import MovingAverage
 from training.schema import check_like, check_optimizer, is_count, is_line, is_number
 from training.weights import check_whole, model_weights, stored_args
-from utils import InputError, log, one_line
+from utils import EpochSums, InputError, log, one_line
 
 # Arguments that may differ on a resume: none of them changes what is computed. The batch is compared as a whole, the
 # precision by what 'auto' has become, the data by its fingerprint.
@@ -66,30 +65,29 @@ class TrainingProgress:
 
 
 def _schedule_state(scheduler: Any) -> dict[str, Any]:
-    """timm's state of a schedule, and what it leaves out of that of the plateau schedule."""
-    state = dict(scheduler.state_dict())
+    """timm's state of a schedule; of plateau, whose counters timm leaves out, PyTorch's."""
     if isinstance(scheduler, PlateauLRScheduler):
-        state['plateau'] = scheduler.lr_scheduler.state_dict()
-        state['restore_lr'] = scheduler.restore_lr
-    return state
+        return {'plateau': scheduler.lr_scheduler.state_dict(), 'restore_lr': scheduler.restore_lr}
+    return dict(scheduler.state_dict())
 
 
 def _read_schedule(scheduler: Any, stored: Any, what: str) -> dict[str, Any]:
     """What of a schedule's stored state is not said by the flags; InputError if it is not of such a schedule."""
     own = _schedule_state(scheduler)
     known: dict[str, Any] = {name: own[name] for name in ('base_values', 'plateau') if name in own}
-    known['metric'] = None  # there is none before the first epoch
-    if 'restore_lr' in own:  # nor are these, without noise
+    if 'restore_lr' in own:  # None without noise
         noisy = isinstance(stored, Mapping) and isinstance(stored.get('restore_lr'), list)
-        known['restore_lr'] = own['base_values'] if noisy else None
+        known['restore_lr'] = scheduler.base_values if noisy else None
     return check_like(stored, known, what)
 
 
 def _load_schedule(scheduler: Any, state: Mapping[str, Any]) -> None:
-    scheduler.load_state_dict({name: state[name] for name in ('base_values', 'metric') if name in state})
-    if isinstance(scheduler, PlateauLRScheduler) and 'plateau' in state:
+    if not isinstance(scheduler, PlateauLRScheduler):
+        scheduler.load_state_dict(dict(state))
+        return
+    if 'plateau' in state:
         scheduler.lr_scheduler.load_state_dict(state['plateau'])
-        scheduler.restore_lr = state['restore_lr']
+    scheduler.restore_lr = state.get('restore_lr')
 
 
 @dataclass
