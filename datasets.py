@@ -13,8 +13,8 @@ from pipeline.images import ImageDataset
 from pipeline.inaturalist import find_inaturalist
 from pipeline.layouts import Layout, evaluated_split, find_folders, find_listed, find_lists, has_folders, note_lacking
 from pipeline.lmdb_dataset import ImageFolderLMDB
-from pipeline.parts import HoldOut, stratified_part
 from pipeline.readers import READERS, find_reader, load_digits, open_torch
+from pipeline.subsets import HoldOut, stratified_subset
 from utils import InputError, UsageError, shorten
 
 
@@ -249,7 +249,7 @@ def build_datasets(
         num_classes: the size of the model's head, where the user sets it.
         skip_bad_images: train with the next good image instead of stopping, and leave bad ones out of evaluation.
         hold_out: training images that are to choose the best checkpoint in place of the test images.
-        train_fraction, train_fraction_seed: of the images that are left for training; see `stratified_part`.
+        train_fraction, train_fraction_seed: of the images that are left for training; see `stratified_subset`.
         known_classes: class names in the order of a trained head, which the labels then follow if it has them all.
 
     Raises:
@@ -273,7 +273,7 @@ def build_datasets(
             notes.append(
                 f'{source}: the {len(val_split)} images that would validate are not used, as others are held out'
             )
-        val_split = train_split.part(held, on_bad_image=val_split.on_bad_image)
+        val_split = train_split.subset(held, on_bad_image=val_split.on_bad_image)
         train_split.select(kept)
         notes.append(f'{len(held)} of {len(kept) + len(held)} training images are held out and choose the best '
                      f'checkpoint; the {len(test_split)} test images are evaluated by it, at the end')  # fmt: skip
@@ -283,7 +283,7 @@ def build_datasets(
                      f'{len(test_split)} test images are evaluated by it, at the end')  # fmt: skip
     if train_fraction < 1 and train_split is not None:
         whole = len(train_split)
-        train_split.select(stratified_part(train_split.targets, train_fraction, seed=train_fraction_seed))
+        train_split.select(stratified_subset(train_split.targets, train_fraction, seed=train_fraction_seed))
         notes.append(f'{len(train_split)} of {whole} training images are used: --train-fraction {train_fraction}')
         notes += note_lacking('that part', train_split.targets.tolist(), train_split.classes)
     if known_classes is not None:
@@ -293,7 +293,8 @@ def build_datasets(
     head = num_classes or info.num_classes or len(classes)
     if len(classes) > head:
         limit = f'--nb-classes {head} leaves room for' if num_classes else f'the {head} of {source.name}'
-        raise InputError(f'{source} has {len(classes)} classes, more than {limit}: set --nb-classes {len(classes)}')
+        what = f'{source} has {len(classes)} classes, more than {limit}'
+        raise InputError(f'{what}: set --nb-classes {len(classes)}, or read it with --data-set FOLDER')
     if len(classes) < head:
         notes.append(f'{source} has {len(classes)} classes; the head is made for {head}')
     return Splits(train_split, val_split, head, notes, test_split)

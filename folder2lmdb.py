@@ -44,19 +44,21 @@ GROWTH = 256 * 2**20  # bytes by which the map grows at least
 def shrink(data: bytes, size: int) -> bytes:
     """An image file's bytes, or those of a JPEG of quality 95 whose shorter side has `size` pixels if it has more.
 
-    The JPEG keeps the EXIF orientation.
+    The JPEG keeps the EXIF orientation. Grey images with more than 8 bits stay as they are: --value-range is for them.
 
     Raises:
         ValueError: with the reason, if it cannot be decoded.
     """
+    file, exif = io.BytesIO(), Image.Exif()
+    with suppress(Exception):  # `decode` says what is wrong; EXIF data that cannot be parsed says nothing
+        stored = Image.open(io.BytesIO(data))
+        if stored.mode[0] in 'IF':
+            return data
+        exif[Base.Orientation] = stored.getexif().get(Base.Orientation, 1)
     image = decode(data)
-    shorter = min(image.size)
-    if shorter <= size:
+    if (shorter := min(image.size)) <= size:
         return data
     width, height = (round(side * size / shorter) for side in image.size)
-    file, exif = io.BytesIO(), Image.Exif()
-    with suppress(Exception):  # EXIF data that cannot be parsed says nothing
-        exif[Base.Orientation] = Image.open(io.BytesIO(data)).getexif().get(Base.Orientation, 1)
     image.resize((width, height), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=95, exif=exif)
     return file.getvalue()
 
@@ -216,8 +218,7 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
     dataset = ImageFolderLMDB(path, verify=True)
     dataset.reading = AnyValues()
     problems: list[str] = []
-    records = dataset.num_records()
-    if len(dataset) != records:
+    if (records := dataset.num_records()) != len(dataset):
         problems.append(f'the index counts {len(dataset)} images, the database {records}')
     with tqdm(total=len(dataset), desc=path.name, unit=' images') as bar:
         for images, found in _in_chunks(dataset, partial(_find_problems, dataset), workers):
@@ -265,8 +266,7 @@ def build(splits: Splits, folder: Path, *, overwrite: bool, workers: int, **sett
             jobs.append((dataset, path))
             continue
         stored = ImageFolderLMDB(path)  # whose errors name --overwrite
-        same_settings = all(getattr(stored, name) == value for name, value in settings.items())
-        if not same_settings or not same_images(dataset, stored):
+        if any(getattr(stored, name) != settings[name] for name in settings) or not same_images(dataset, stored):
             raise InputError(
                 f'{path} exists and holds other images ({stored.data_set}): '
                 'give another folder with --out, or replace it with --overwrite'

@@ -87,23 +87,28 @@ class Teacher(nn.Module):
 class DistillationLoss(nn.Module):
     """Cross-entropy of the class head, and the distance of the distillation head from a teacher. Touvron et al. 2021.
 
-    loss = (1 - alpha) * base(class logits, targets) + alpha * distillation, where distillation is for 'soft'
+    loss = (1 - alpha) * base_criterion(class logits, targets) + alpha * distillation, where distillation is for 'soft'
     tau^2 / (B * num_classes) * KL(teacher at temperature tau, student at tau), and for 'hard' the cross-entropy of the
     distillation logits with the teacher's decision.
 
     Args:
-        base: from logits and targets to a mean loss.
-        kind: 'none' for the base alone, 'soft' or 'hard'.
+        base_criterion: from logits and targets to a mean loss.
+        distillation_type: 'none' for the base alone, 'soft' or 'hard'.
         alpha: the weight of distillation.
         tau: the temperature of 'soft'.
     """
 
     def __init__(
-        self, base: nn.Module, *, kind: Literal['none', 'soft', 'hard'], alpha: float = 0.5, tau: float = 1.0
+        self,
+        base_criterion: nn.Module,
+        *,
+        distillation_type: Literal['none', 'soft', 'hard'],
+        alpha: float = 0.5,
+        tau: float = 1.0,
     ) -> None:
         super().__init__()
-        self.base = base
-        self.kind = kind
+        self.base_criterion = base_criterion
+        self.distillation_type = distillation_type
         self.alpha = alpha
         self.tau = tau
 
@@ -112,18 +117,18 @@ class DistillationLoss(nn.Module):
 
         Args:
             outputs: the logits (B, num_classes), or a pair of them: class and distillation head.
-            targets: as `base` takes them.
+            targets: as `base_criterion` takes them.
 
         Raises:
             ValueError: if distillation lacks the second logits or the teacher's.
         """
         outputs, outputs_dist = (outputs, None) if isinstance(outputs, Tensor) else outputs
-        base_loss = self.base(outputs, targets)
-        if self.kind == 'none':
+        base_loss = self.base_criterion(outputs, targets)
+        if self.distillation_type == 'none':
             return base_loss
         if outputs_dist is None or teacher_logits is None:
             raise ValueError('distillation needs a student with two heads and the logits of a teacher')
-        if self.kind == 'soft':
+        if self.distillation_type == 'soft':
             distillation = F.kl_div(
                 F.log_softmax(outputs_dist / self.tau, dim=1),
                 F.log_softmax(teacher_logits / self.tau, dim=1),

@@ -17,10 +17,10 @@ from torch import nn
 
 from config.arguments import parse_args
 from config.builders import (
-    build_average,
     build_criterion,
     build_keep_rates,
     build_model,
+    build_model_ema,
     build_optimizer,
     build_scheduler,
     prepare_training,
@@ -46,12 +46,12 @@ from training.weights import class_names, load_fitting, load_whole, model_weight
 from utils import (
     InputError,
     SizedLoader,
-    from_main_process,
+    broadcast_batchnorm,
+    broadcast_object,
     get_rank,
     is_main_process,
     log,
     one_line,
-    share_batchnorm_statistics,
 )
 
 
@@ -85,7 +85,7 @@ def find_start(args: argparse.Namespace, output: OutputFolder) -> tuple[str, dic
     The output folder's is read by the main process for all, which need not have the same disk.
     """
     if args.auto_resume and not args.eval:
-        found = from_main_process(output.newest())
+        found = broadcast_object(output.newest())
         if found is not None:
             checkpoint = ckpt.from_bytes(found[1], found[0])
             differences = different_arguments(stored_args(checkpoint), vars(args))
@@ -118,7 +118,7 @@ def evaluate_only(
     stats = test(model, 'Test', stored_keep_rate(args.model, checkpoint) if recalled else None)
     report_accuracy(stats)
     if args.export_safetensors and is_main_process():
-        metadata = ckpt.description({**checkpoint, 'args': vars(args), 'classes': classes})
+        metadata = ckpt.export_metadata({**checkpoint, 'args': vars(args), 'classes': classes})
         ckpt.write_bytes(Path(args.export_safetensors), ckpt.to_safetensors(model.state_dict(), metadata))
     return {f'test_{name}': value for name, value in stats.items()}
 
@@ -131,7 +131,7 @@ def make_test(
     def test(
         module: nn.Module, header: str, keep_rate: float | None = None, stop: Callable[[], bool] | None = None
     ) -> dict[str, float]:
-        share_batchnorm_statistics(module)
+        broadcast_batchnorm(module)
         stats = evaluate(model=fold_batchnorm(module), loader=loader, device=device, amp_dtype=amp,
                          sharded=args.dist_eval, keep_rate=keep_rate, stop=stop, header=header)  # fmt: skip
         dataset.log_bad_images()
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         'torch': str(torch.__version__),
     }
     training = Run(
-        state=TrainState(model, build_average(args, model), optimizer, scheduler, scaler),
+        state=TrainState(model, build_model_ema(args, model), optimizer, scheduler, scaler),
         train_model=train_model,
         loader=train_loader,
         dataset=splits.train,
@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             last_epoch=args.epochs + args.cooldown_epochs,
             updates_per_epoch=updates_per_epoch,
             lr_delay_epochs=args.lr_delay_epochs,
-            average_counts=args.model_ema_warmup,
+            ema_can_be_best=args.model_ema_warmup,
             checkpoint_every=args.checkpoint_every,
             rewinds=args.on_nan == 'rewind',
         ),

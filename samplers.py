@@ -47,7 +47,7 @@ class BalancedSampler(Sampler[int]):
         return iter(order.repeat(self.num_repeats)[: self.length].tolist())
 
 
-def _count_before(order: np.ndarray) -> np.ndarray:
+def _cumcount(order: np.ndarray) -> np.ndarray:
     """How often the number at each place of a sequence has stood in it before."""
     places = np.argsort(order, kind='stable')
     ranked = order[places]
@@ -162,7 +162,7 @@ class TrainBatches(Sampler[list[Draw]]):
         self._sampler.set_epoch(self.epoch)
         images = np.fromiter(self._sampler, dtype=np.int64, count=len(self._sampler))
         images = np.resize(images, max(len(images), self.length))  # begins anew to fill up the last turn
-        return np.stack([images, _count_before(images)])
+        return np.stack([images, _cumcount(images)])
 
     def _deal(self, batch: np.ndarray, rank: int, order: np.ndarray) -> list[Draw]:
         own = batch.reshape(-1, self._dealt_by)[rank :: self.num_replicas].reshape(-1)

@@ -109,7 +109,7 @@ def all_reduce(values: Tensor, *, largest: bool = False) -> Tensor:
     return values
 
 
-def from_main_process(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """The main process's value, on all of them; `value` is not looked at on the others."""
     if not is_distributed():
         return value
@@ -118,7 +118,7 @@ def from_main_process(value: T) -> T:
     return values[0]
 
 
-def share_batchnorm_statistics(model: nn.Module) -> None:
+def broadcast_batchnorm(model: nn.Module) -> None:
     """Gives every process the main one's running statistics, so that all evaluate the model that is saved."""
     if is_distributed():
         distribute_bn(model, get_world_size(), reduce=False)

@@ -16,18 +16,18 @@ from config.arguments import mixes_images
 from config.models import (
     EVIT_ARGUMENTS,
     check_output,
+    convert_stem_sync_batchnorm,
+    enable_grad_checkpointing,
     evit_kwargs,
     is_evit,
     new_model,
-    recompute_blocks,
-    synchronize_stem,
 )
 from config.recall import EVIT_FLAGS
 from config.teachers import DEFAULT_TEACHER, create_teacher
 from datasets import Splits
 from losses import DistillationLoss, Teacher, balanced_class_weights, create_criterion
 from models import evit
-from training.distributed import Process, in_turn
+from training.distributed import Process, main_process_first
 from training.ema import MovingAverage
 from utils import UsageError, log, one_line
 
@@ -87,7 +87,7 @@ def build_criterion(
                          f'dhvt_tiny_cifar_patch4_distilled; {args.model} has one')  # fmt: skip
     model.set_distilled_training(True)  # type: ignore[operator]
     sizes = {'input_size': args.input_size, 'num_classes': splits.num_classes}
-    with in_turn(process):
+    with main_process_first(process):
         teacher = create_teacher(
             args.teacher_model, args.teacher_path, **sizes, in_chans=args.in_chans, classes=splits.val.classes
         )
@@ -96,7 +96,7 @@ def build_criterion(
     )
     alpha = 0.5 if args.distillation_alpha is None else args.distillation_alpha
     kind, tau = args.distillation_type, args.distillation_tau or 1.0
-    return DistillationLoss(criterion, kind=kind, alpha=alpha, tau=tau), teacher
+    return DistillationLoss(criterion, distillation_type=kind, alpha=alpha, tau=tau), teacher
 
 
 def build_keep_rates(args: argparse.Namespace) -> evit.KeepRateSchedule | None:
@@ -113,12 +113,12 @@ def build_keep_rates(args: argparse.Namespace) -> evit.KeepRateSchedule | None:
 def prepare_training(args: argparse.Namespace, model: nn.Module, process: Process, device: torch.device) -> nn.Module:
     """The model as training calls it: recomputed, compiled and distributed as the flags say."""
     if args.grad_checkpointing:
-        recompute_blocks(model, args.model)
+        enable_grad_checkpointing(model, args.model)
     if args.compile != 'off':
         model.compile(mode=args.compile)  # in place: names of weights stay, and copies of the model are not compiled
     if process.world_size == 1:
         return model
-    synchronize_stem(model, device)
+    convert_stem_sync_batchnorm(model, device)
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == 'cuda' else None,
@@ -151,7 +151,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
     return optimizer
 
 
-def build_average(args: argparse.Namespace, model: nn.Module) -> MovingAverage | None:
+def build_model_ema(args: argparse.Namespace, model: nn.Module) -> MovingAverage | None:
     """The moving average of the model's weights, None if it is not wanted."""
     if not args.model_ema:
         return None

@@ -16,7 +16,7 @@ from datasets import DataSource, HoldOut, Splits, build_datasets
 from pipeline.loaders import LoaderOptions, TrainLoader, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import TrainBatches
-from training.distributed import Process, in_turn
+from training.distributed import Process, main_process_first
 from utils import InputError, SizedLoader, UsageError
 
 
@@ -61,7 +61,7 @@ def load_splits(
         verify=args.verify_records,
         download=download,
     )
-    with in_turn(process) if source.downloads else nullcontext():
+    with main_process_first(process) if source.downloads else nullcontext():
         splits = build_datasets(
             source,
             train=not args.eval,

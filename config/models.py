@@ -125,7 +125,7 @@ def check_output(
         raise UsageError(f'{flag} {name} gives {shape} for an image, where a row of {num_classes} logits is needed')
 
 
-def synchronize_stem(model: nn.Module, device: torch.device) -> None:
+def convert_stem_sync_batchnorm(model: nn.Module, device: torch.device) -> None:
     """Lets the stem's BatchNorms, and no others, see the batches of all processes, as in the published code.
 
     PyTorch's SyncBatchNorm exists on GPUs only; on CPUs each process normalises its own batch (docs/differences.md).
@@ -141,7 +141,7 @@ def put_channels_last(model: nn.Module) -> None:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def recompute_blocks(model: nn.Module, name: str) -> None:
+def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
     """Has the model compute its blocks again in the backward pass; raises UsageError if it cannot."""
     try:
         model.set_grad_checkpointing()  # type: ignore[operator]

@@ -55,7 +55,7 @@ class Listing:
         if folder not in self._found:
             try:
                 self._found[folder] = {entry.name: _kind(entry) for entry in os.scandir(self.root / folder)}
-            except (OSError, ValueError):  # the latter for a null byte
+            except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null byte
                 self._found[folder] = {}
         return self._found[folder]
 

@@ -86,7 +86,7 @@ class ArrowDataset(ImageDataset):
             tables = [pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in self._files]
             self._images = pa.chunked_array([chunk for table in tables for chunk in table[self._column].chunks])
         image = self._images[position].as_py()
-        if image is None:
+        if image is None or (image['bytes'] is None and not image['path']):
             raise ValueError('the data set has none there')
         return read_file(image['path']) if image['bytes'] is None else image['bytes']
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import os
+import re
 import sys
 import warnings
 from abc import abstractmethod
@@ -74,7 +75,8 @@ class Reading:
                 lowest sixteenth of the range, as 12-bit data does, which would become black, unless all are black;
                 and for colours of 16 bits with it, of which Pillow reads eight.
         """
-        is_deep = image.mode.startswith('I') or any(';16' in str(tile) for tile in getattr(image, 'tile', [])[:1])
+        tile = str(getattr(image, 'tile', [])[:1])
+        is_deep = image.mode.startswith('I') or re.search(';16[BLN]', tile) is not None  # BGR;16 has 5 or 6 bits
         if self.exif_orientation:
             with suppress(Exception):  # EXIF data that cannot be parsed says nothing; the pixels may be good
                 image = ImageOps.exif_transpose(image)
@@ -291,7 +293,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """Keeps these of the images, in this order."""
         self._positions = np.asarray(self._positions)[indices]
 
-    def part(self, indices: np.ndarray, *, on_bad_image: str) -> ImageDataset:
+    def subset(self, indices: np.ndarray, *, on_bad_image: str) -> ImageDataset:
         """These of the images as a data set of their own, which reads them from the same place."""
         part = copy.copy(self)
         part.select(indices)

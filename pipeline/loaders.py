@@ -158,7 +158,7 @@ class AugmentedLoader:
             yield self.augment(images, torch.from_numpy(np.array(draws))), targets
 
 
-class Prefetched:
+class PrefetchLoader:
     """Batches that are on a GPU when they are asked for: the next is copied, and augmented, on a stream of its own."""
 
     def __init__(self, loader: Any, device: torch.device) -> None:
@@ -256,7 +256,7 @@ def build_loaders(
             images = AugmentedImages(train, seed=seed, erase=erase)
             loader = options.loader(images, batch_sampler=batches, persistent_workers=options.workers > 0)
             loader = loader if augment is None else AugmentedLoader(loader, augment, device)
-        loader = Prefetched(loader, device) if device.type == 'cuda' else loader
+        loader = PrefetchLoader(loader, device) if device.type == 'cuda' else loader
         keeps_val = len(shard) * image_bytes <= room
     if keeps_val:
         val.transform = augmentation.crop(train=False)

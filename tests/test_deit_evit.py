@@ -207,7 +207,7 @@ def test_golden_distillation_loss(key: str) -> None:
     kind, alpha, tau = re.match(r'DistillationLoss type=(\w+) alpha=(\S+) tau=(\S+)', key).groups()
     random = np.random.RandomState(3)
     outputs, outputs_dist, teacher = (torch.as_tensor(random.standard_normal((4, 10))) for _ in range(3))
-    loss = DistillationLoss(nn.CrossEntropyLoss(), kind=kind, alpha=float(alpha), tau=float(tau))
+    loss = DistillationLoss(nn.CrossEntropyLoss(), distillation_type=kind, alpha=float(alpha), tau=float(tau))
     value = loss((outputs, outputs_dist), torch.tensor([1, 2, 3, 4]), teacher)
     assert float(value) == pytest.approx(DEIT_EVIT[key], rel=1e-9)
     if kind != 'none':

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import DATA_SETS, DOMAINNET, DataSource, build_datasets, stratified_part
+from datasets import DATA_SETS, DOMAINNET, DataSource, build_datasets, stratified_subset
 from folder2lmdb import main as build_lmdb
 from main import main
+from pipeline.files import Listing
 from pipeline.images import ImageDataset
 from tests.conftest import PLAIN, SMALL_MODEL, make_lists
 from utils import InputError, UsageError
@@ -498,16 +499,16 @@ def test_stratified_parts_lie_inside_larger_ones() -> None:
     whole = np.bincount(targets)
     smaller: set[int] = set()
     for fraction in (0.001, 0.01, 0.1, 0.25, 0.5, 0.9, 1.0):
-        part = stratified_part(targets, fraction, seed=0)
+        part = stratified_subset(targets, fraction, seed=0)
         assert len(part) == round(5000 * fraction) and np.all(np.diff(part) > 0)
         assert np.all(np.abs(np.bincount(targets[part], minlength=10) - fraction * whole) <= 1 + (fraction < 0.01))
         assert smaller <= set(part.tolist())
         smaller = set(part.tolist())
     assert len(smaller) == 5000
-    again, other = (stratified_part(targets, 0.1, seed=seed) for seed in (0, 1))
-    assert np.array_equal(again, stratified_part(targets, 0.1, seed=0)) and not np.array_equal(again, other)
-    assert set(targets[stratified_part(targets, 10 / 5000, seed=3)]) == set(range(10))  # each class before any twice
-    assert len(stratified_part(targets, 1e-9, seed=0)) == 1
+    again, other = (stratified_subset(targets, 0.1, seed=seed) for seed in (0, 1))
+    assert np.array_equal(again, stratified_subset(targets, 0.1, seed=0)) and not np.array_equal(again, other)
+    assert set(targets[stratified_subset(targets, 10 / 5000, seed=3)]) == set(range(10))  # each class before any twice
+    assert len(stratified_subset(targets, 1e-9, seed=0)) == 1
 
 
 def test_training_on_a_part(make_folder: MakeFolder, capsys: pytest.CaptureFixture) -> None:
@@ -535,3 +536,15 @@ def test_training_on_a_part(make_folder: MakeFolder, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stop:
         main([*flags, '--train-fraction', '0'])
     assert stop.value.code == 2
+
+
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'a').mkdir()
+    assert 'a/1.jpg' not in Listing(tmp_path) and 'b/1.jpg' not in Listing(tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(PermissionError):
+        assert 'a/1.jpg' in Listing(tmp_path)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 import folder2lmdb
 from datasets import DataSource, build_datasets
-from folder2lmdb import check_lmdb
+from folder2lmdb import check_lmdb, shrink
 from main import main
 from pipeline.images import BadImageError
 from pipeline.lmdb_dataset import FORMAT, VERSION, ImageFolderLMDB, _stores
@@ -598,6 +598,9 @@ def test_every_kind_of_number_is_stored_and_checked(make_folder: MakeFolder, cap
     Image.fromarray(ramp.astype(np.float32).reshape(16, 16)).save(root / 'train' / 'a' / 'numbers.tif')
     build(root)
     assert '10 images' in (found := check_lmdb(root / 'train.lmdb', workers=0)) and 'every image decodes' in found
+    deep = root / 'val' / 'a' / 'deep.png'
+    Image.fromarray((ramp * 16).astype(np.uint16).reshape(16, 16)).save(deep)
+    assert shrink(deep.read_bytes(), 8) == deep.read_bytes()  # for --value-range
     line = build_fails(capsys, ['--dir', str(root), '--overwrite', '--max-size', '8'])
     assert 'all below 4096' in line and line.endswith('without --max-size it is kept')
 

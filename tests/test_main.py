@@ -457,13 +457,13 @@ def test_diverging_run_keeps_its_checkpoint(
 
 
 def test_only_the_stem_is_synchronised() -> None:
-    from config.models import synchronize_stem
+    from config.models import convert_stem_sync_batchnorm
 
     model = timm.create_model('dhvt_tiny_cifar_patch4', embed_dim=32, depth=1, num_heads=2)
     keys = list(model.state_dict())
-    synchronize_stem(model, torch.device('cpu'))
+    convert_stem_sync_batchnorm(model, torch.device('cpu'))
     assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
-    synchronize_stem(model, torch.device('cuda'))
+    convert_stem_sync_batchnorm(model, torch.device('cuda'))
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     assert {name for name, kind in kinds.items() if kind is torch.nn.SyncBatchNorm} == {
         'patch_embed.proj.0.1',

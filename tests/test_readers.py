@@ -266,14 +266,14 @@ def test_one_process_downloads(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     turns: list[Process] = []
 
     @contextmanager
-    def in_turn(process: Process) -> Iterator[None]:
+    def main_process_first(process: Process) -> Iterator[None]:
         turns.append(process)
         yield
 
     def stop(*_: Any, **__: Any) -> None:
         raise InputError('as asked')
 
-    monkeypatch.setattr(config.data, 'in_turn', in_turn)
+    monkeypatch.setattr(config.data, 'main_process_first', main_process_first)
     monkeypatch.setattr(config.data, 'build_datasets', stop)
     args = main.parse_args(['--data-set', name, '--data-path', str(tmp_path)])
     for download in (True, False):

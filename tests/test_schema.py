@@ -84,9 +84,9 @@ def make_parts() -> tuple[Any, TrainState]:
 
 def use(state: dict[str, Any], args: Any, parts: TrainState) -> None:
     """What a resumed run, an evaluation and an export do with a checkpoint, and the optimizer's next step."""
-    state = ckpt.checked(state, 'a.pth')
+    state = ckpt.check_fields(state, 'a.pth')
     class_names(state, 'a.pth')
-    json.dumps(ckpt.description(state), default=str)
+    json.dumps(ckpt.export_metadata(state), default=str)
     stored_flags(stored_args(state))
     model_weights(state, 'a.pth')
     known = ('data', 'precision', 'train_mode', 'augment', 'total_batch', 'processes', 'threads', 'device', 'torch')

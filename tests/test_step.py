@@ -17,10 +17,10 @@ from torch import nn
 
 import models  # noqa: F401
 from config.arguments import get_args_parser, parse_args
-from config.models import recompute_blocks
+from config.models import enable_grad_checkpointing
 from datasets import load_digits
 from main import main
-from pipeline.loaders import CachedLoader, LoaderOptions, Prefetched, build_loaders
+from pipeline.loaders import CachedLoader, LoaderOptions, PrefetchLoader, build_loaders
 from pipeline.transforms import Augmentation
 from samplers import TrainBatches
 from tests.conftest import PLAIN, SMALL_MODEL
@@ -203,7 +203,7 @@ def test_the_next_batch_is_copied_before_one_is_given(count: int, monkeypatch: p
     monkeypatch.setattr(torch.Tensor, 'record_stream', lambda self, stream: Recorded.calls.append('kept'))
     batches = Batches((torch.full((2,), i), torch.full((2,), -i)) for i in range(count))
     found = []
-    for images, targets in Prefetched(batches, CPU):
+    for images, targets in PrefetchLoader(batches, CPU):
         Recorded.calls.append('used')
         found.append((int(images[0]), int(targets[0])))
     assert found == [(i, -i) for i in range(count)]
@@ -282,7 +282,7 @@ def test_impossible_flags(flags: list[str], message: str, capsys: pytest.Capture
 
 def test_not_every_model_can_compute_its_blocks_again() -> None:
     with pytest.raises(UsageError, match='linear cannot compute its blocks again'):
-        recompute_blocks(nn.Linear(1, 1), 'linear')
+        enable_grad_checkpointing(nn.Linear(1, 1), 'linear')
 
 
 def test_step_flags_have_the_published_defaults() -> None:

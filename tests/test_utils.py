@@ -70,7 +70,7 @@ def test_downloads_are_done_in_turn(process: Process, expected: list[str], monke
     """First the main process, then one on each other machine, then the rest, who find the files."""
     events: list[str] = []
     monkeypatch.setattr(distributed, 'barrier', lambda: events.append('wait'))
-    with distributed.in_turn(process):
+    with distributed.main_process_first(process):
         events.append('work')
     assert events == expected
 

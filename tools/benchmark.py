@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.arguments import parse_args
-from config.builders import build_average, build_model, build_optimizer, prepare_training
+from config.builders import build_model, build_model_ema, build_optimizer, prepare_training
 from config.data import build_mixup, load_splits, open_loaders
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, POSITIVE, FlagParser
@@ -115,7 +115,7 @@ def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> 
     trained = prepare_training(args, model, Process(), device)
     optimizer = build_optimizer(args, model, args.lr * size / 512, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    average = build_average(args, model)
+    average = build_model_ema(args, model)
 
     def train(number: int) -> int:
         batches = [batch] * (number * args.accum_steps)

@@ -33,7 +33,7 @@ from config.errors import one_line_errors
 from config.flags import COUNT, FROM_ONE, SEED, FlagParser
 from config.pretrained import read_image
 from pipeline.augment import OPS, BatchedAugment, apply_op
-from pipeline.images import image_extensions
+from pipeline.files import walk
 from pipeline.transforms import Augmentation
 from training.devices import find_device
 from utils import InputError, seed_all
@@ -60,12 +60,18 @@ def read_images(folder: Path, *, images: int, input_size: int, seed: int) -> lis
 
     Raises:
         InputError: if there are too few.
+        OSError: if a folder cannot be read.
     """
-    paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() in image_extensions())
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = walk(folder, fail).images
+    paths = sorted(folder / below / name for below, names in found.items() for name in names)
     if len(paths) < images:
         raise InputError(f'{folder} has {len(paths)} images, not {images}: give another folder, or --images')
-    found = map(read_image, random.Random(seed).sample(paths, images))
-    return [image.resize((input_size, input_size), Image.Resampling.BICUBIC) for image in found]
+    chosen = map(read_image, random.Random(seed).sample(paths, images))
+    return [image.resize((input_size, input_size), Image.Resampling.BICUBIC) for image in chosen]
 
 
 def to_batch(images: Sequence[Image.Image]) -> Tensor:
@@ -109,10 +115,10 @@ def compare_ops(images: Sequence[Image.Image], *, device: torch.device) -> None:
             print(f'| {label} | ' + ' | '.join(compare_op(name, images, cubic=cubic, device=device)) + ' |', flush=True)
 
 
-def measure_rates(images: Sequence[Image.Image], aa: str, seed: int, rounds: int, device: torch.device) -> None:
+def measure_rates(
+    images: Sequence[Image.Image], settings: Augmentation, seed: int, rounds: int, device: torch.device
+) -> None:
     """Prints images per second of timm's pipeline and of both batched ones, on one batch."""
-    input_size = images[0].width
-    settings = Augmentation(input_size=input_size, auto_augment=aa)
     transform: Any = settings.transform(train=True)
     transform.transforms = transform.transforms[1:]  # without the resize, or the random resized crop
     batch = to_batch(images).to(device)
@@ -144,7 +150,8 @@ def measure_rates(images: Sequence[Image.Image], aa: str, seed: int, rounds: int
                 torch.cuda.synchronize(device)
             if number:  # the first round warms up
                 rates[name].append(len(images) * repeats / (clock() - began))
-    print(f'\nBatch {len(images)}, {input_size} pixels, {aa}, one thread, {rounds} rounds in turn, device {device}')
+    size, policy = images[0].width, settings.auto_augment
+    print(f'\nBatch {len(images)}, {size} pixels, {policy}, one thread, {rounds} rounds in turn, device {device}')
     print('| pipeline | images/s | slowest to fastest | ratio |\n|---|---|---|---|')
     for name, found in rates.items():
         ratio = statistics.median(a / b for a, b in zip(found, rates['timm, PIL'], strict=True))
@@ -157,11 +164,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = find_device(args.device)
         torch.set_num_threads(1)
         seed_all(args.seed)
+        policy = args.aa if args.aa not in ('', 'none') else None
+        settings = Augmentation(input_size=args.input_size, auto_augment=policy)
+        BatchedAugment(settings, seed=args.seed)  # refuses what it does not cover, before anything is compared
         wanted = max(args.images, args.batch_size)
         images = read_images(Path(args.folder), images=wanted, input_size=args.input_size, seed=args.seed)
         compare_ops(images[: args.images], device=device)
         if args.rounds:
-            measure_rates(images[: args.batch_size], args.aa, args.seed, args.rounds, device)
+            measure_rates(images[: args.batch_size], settings, args.seed, args.rounds, device)
 
 
 if __name__ == '__main__':

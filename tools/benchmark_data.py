@@ -127,7 +127,7 @@ def speed(folder: Path, input_size: int, images: int | None, rounds: int, worker
             stores.append(ImageFolderLMDB(path))
 
         def from_folder(loader: Callable[[str], Any], transform: Transform | None) -> Callable[[int], Any]:
-            dataset = ImageFolder(str(folder / 'train'), loader=loader, transform=transform)
+            dataset = ImageFolder(str(folder / 'train'), loader=loader, transform=transform, allow_empty=True)
             dataset.samples = list(files.samples)  # the same images, in the same order
             return dataset.__getitem__
 

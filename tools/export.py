@@ -145,7 +145,7 @@ def write_safetensors(model: nn.Module, settings: Settings, path: Path, origin: 
     with tempfile.TemporaryDirectory() as folder:
         timm_config(model, settings, Path(folder, 'config.json'), origin)
         config = json.loads(Path(folder, 'config.json').read_text())
-    metadata = ckpt.description(origin.checkpoint)
+    metadata = ckpt.export_metadata(origin.checkpoint)
     metadata['args'] = {**metadata['args'], 'model': settings.name, 'input_size': settings.input_size}
     metadata |= {**describe(settings, origin), 'timm': config}
     metadata.pop('model')  # where a checkpoint has its weights

@@ -235,7 +235,7 @@ def _from_safetensors(data: bytes, source: str) -> dict[str, Any]:
     return {'model': weights, **(own if isinstance(own, dict) else {})}
 
 
-def checked(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+def check_fields(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
     """A checkpoint whose fields beside the tensors are plain, else InputError."""
     for name in PLAIN:
         check_plain(checkpoint.get(name), f'{source}: {name}')
@@ -255,7 +255,7 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
         InputError: if it is no checkpoint, is damaged, or holds anything else.
     """
     if _is_safetensors(data):
-        return checked(_from_safetensors(data, source), source)
+        return check_fields(_from_safetensors(data, source), source)
     if data[:2] == b'PK':
         _check_archive(data, source)
     try:
@@ -269,7 +269,7 @@ def from_bytes(data: bytes, source: str) -> dict[str, Any]:
         raise InputError(f'{source} is damaged, or no checkpoint of PyTorch') from None
     if not isinstance(checkpoint, dict):
         raise InputError(f'{source} holds a {type(checkpoint).__name__}, not a checkpoint')
-    return checked(checkpoint, source)
+    return check_fields(checkpoint, source)
 
 
 def newest_in(folder: Path) -> tuple[str, bytes] | None:
@@ -331,7 +331,7 @@ def to_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -
     return safetensors.torch.save(tensors, {'format': 'pt', 'dhvt': json.dumps(metadata)})
 
 
-def description(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def export_metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a safetensors file keeps of a checkpoint beside its weights: enough to evaluate them."""
     names = ('epoch', 'max_accuracy', 'keep_rate', 'classes')
     metadata = {name: checkpoint[name] for name in names if name in checkpoint}

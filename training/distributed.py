@@ -207,7 +207,7 @@ def init_distributed(process: Process, *, device: torch.device, dist_url: str, t
 
 
 @contextmanager
-def in_turn(process: Process) -> Iterator[None]:
+def main_process_first(process: Process) -> Iterator[None]:
     """Runs its body on the main process first, then on one process of each further machine, then on the others.
 
     For work that leaves a file behind, which later processes find: a shared disk gets one download, and so does each

@@ -246,7 +246,7 @@ class OutputFolder(BackgroundWriter):
         best_state = as_best(copied)
         files: dict[Path, bytes] = {}  # the checkpoint after what it says is there: a kill between has both redone
         if best and self._export is not None and not spoilt:
-            files[self._export] = ckpt.to_safetensors(best_state['model'], ckpt.description(copied))
+            files[self._export] = ckpt.to_safetensors(best_state['model'], ckpt.export_metadata(copied))
 
         def make() -> dict[Path, bytes]:
             if spoilt:
@@ -284,7 +284,7 @@ class OutputFolder(BackgroundWriter):
                 best = self.path / BEST
                 if best.is_file():  # of an earlier start
                     state = ckpt.load(str(best))
-                    ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.description(state)))
+                    ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.export_metadata(state)))
                 else:
                     log(f'Warning: there is no {best}: {self._export} is not written')
         finally:

@@ -21,7 +21,7 @@ from training.output import OutputFolder
 from training.signals import GO_ON, STOP, Interrupted, Interrupts, requeue
 from training.state import TrainingProgress, TrainState, compare, load_state, refuse_other_run, to_state
 from training.weights import stored_args
-from utils import InputError, NonFiniteError, barrier, format_seconds, from_main_process, is_main_process, log
+from utils import InputError, NonFiniteError, barrier, broadcast_object, format_seconds, is_main_process, log
 
 TEST_RESULT = 'test.json'
 MAX_REWINDS = 10  # in an epoch
@@ -40,7 +40,7 @@ class RunSettings:
     last_epoch: int  # how many epochs there are, the cool-down included
     updates_per_epoch: int  # optimizer steps
     lr_delay_epochs: int = 0  # by which training trails a schedule that goes by epochs
-    average_counts: bool = False  # the moving average may be the best too
+    ema_can_be_best: bool = False  # the moving average may be the best too
     checkpoint_every: tuple[str, float] | None = None  # 'steps' or 'minutes', and how many, inside an epoch
     rewinds: bool = False  # go back, once a step gives no finite numbers, and leave it out
 
@@ -185,7 +185,7 @@ class Run:
         first, number = err.step['batch'], err.step['batches_in_step']
         begin, end = self.batches.batch_range(first)[0], self.batches.batch_range(first + number - 1)[1]
         left_out = [*self.progress.left_out, (self.progress.epoch, begin, end)]
-        found = from_main_process(self.output.newest())
+        found = broadcast_object(self.output.newest())
         if found is None:
             raise err
         source, data = found
@@ -233,7 +233,7 @@ class Run:
         path = None if self.output.path is None else self.output.path / ckpt.BEST
         found = ckpt.load(str(path)) if path is not None and path.is_file() else None
         names = ('model', 'epoch', 'keep_rate')
-        best = from_main_process(found and {name: found.get(name) for name in names})
+        best = broadcast_object(found and {name: found.get(name) for name in names})
         if best is None:
             log(f'Warning: {self.output.path} has no {ckpt.BEST}: the best epoch was written elsewhere, or the file is '
                 'gone. So nothing is tested on the test images')  # fmt: skip
@@ -318,13 +318,13 @@ class Run:
             average = copy.deepcopy(state.model_ema.module).to(self.settings.device)
             line |= self._test(average, 'Test of the moving average', 'ema_test')
         accuracies = {'model': line['test_acc1']}
-        if self.run_settings.average_counts:
+        if self.run_settings.ema_can_be_best:
             accuracies['model_ema'] = line['ema_test_acc1']
         better = max(accuracies, key=accuracies.__getitem__)
         is_best = accuracies[better] > progress.best
         if is_best:
             progress.best, progress.best_of = accuracies[better], better
-        if self.run_settings.average_counts:
+        if self.run_settings.ema_can_be_best:
             line['best_is_ema'] = int(progress.best_of == 'model_ema')
             log(f'  best so far: {progress.best:.4f}{self._of_average()}')
         line |= {'max_accuracy': progress.best, 'epoch': epoch, 'n_parameters': self.num_parameters}

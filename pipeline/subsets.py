@@ -13,7 +13,7 @@ def _by_class(targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return shuffled[np.argsort(targets[shuffled], kind='stable')]
 
 
-def stratified_part(targets: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
+def stratified_subset(targets: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
     """A part of a data set with each class's share, by the images' numbers in ascending order.
 
     Images are ranked at random within their class and taken in the order of rank / images of the class; so each class
@@ -55,7 +55,7 @@ class HoldOut:
         """The numbers of the images that stay in training, and of those that are held out, both ascending."""
         numbers = np.arange(len(targets))
         if self.fraction:
-            kept = stratified_part(targets, 1 - self.fraction, seed=self.seed)
+            kept = stratified_subset(targets, 1 - self.fraction, seed=self.seed)
             return kept, np.setdiff1d(numbers, kept)
         held = np.sort(_by_class(targets, np.random.default_rng(self.seed))[self.fold :: self.folds])
         return np.setdiff1d(numbers, held), held
