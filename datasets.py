@@ -293,8 +293,8 @@ def build_datasets(
     head = num_classes or info.num_classes or len(classes)
     if len(classes) > head:
         limit = f'--nb-classes {head} leaves room for' if num_classes else f'the {head} of {source.name}'
-        what = f'{source} has {len(classes)} classes, more than {limit}'
-        raise InputError(f'{what}: set --nb-classes {len(classes)}, or read it with --data-set FOLDER')
+        hint = f'set --nb-classes {len(classes)}' + ('' if num_classes else ', or read it with --data-set FOLDER')
+        raise InputError(f'{source} has {len(classes)} classes, more than {limit}: {hint}')
     if len(classes) < head:
         notes.append(f'{source} has {len(classes)} classes; the head is made for {head}')
     return Splits(train_split, val_split, head, notes, test_split)

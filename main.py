@@ -71,8 +71,6 @@ def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.devic
     if not is_main_process():
         return
     size = (args.in_chans, args.input_size, args.input_size)
-    check_output(model, name=args.model, input_size=args.input_size, num_classes=model.num_classes,  # type: ignore[arg-type]
-                 in_chans=args.in_chans)  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     log(f'{args.model}: {parameters:,} parameters, {count_macs(model, size) / 1e9:.3f} G multiply-adds an image')
     rate = images_per_second(model, size, batch_size=args.batch_size, amp_dtype=amp)
@@ -145,6 +143,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     process, device, amp_dtype = start_process(args)
     if args.only_test_speed:
         model = build_model(args, args.nb_classes or find_info(args.data_set).num_classes).to(device)
+        check_output(model, name=args.model, input_size=args.input_size, in_chans=args.in_chans,
+                     num_classes=model.num_classes)  # type: ignore[arg-type]  # fmt: skip
         report_speed(args, model, device, amp_dtype)
         return {}
 

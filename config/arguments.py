@@ -300,7 +300,7 @@ def check_args(args: argparse.Namespace) -> None:
         (args.lr_noise and args.lr_noise_pct * 100 <= args.lr_noise_std,  # timm draws until one is below
          '--lr-noise-pct has to be above a hundredth of --lr-noise-std'),
         (args.sched == 'plateau' and args.decay_rate >= 1, '--decay-rate has to be below 1 for --sched plateau'),
-        (args.smoothing == 1 and not mixes_images(args), '--smoothing 1 leaves nothing of the classes: below 1'),
+        (args.smoothing == 1, '--smoothing 1 leaves nothing of the classes: below 1'),
         (args.eval and not (args.resume or args.finetune),
          '--eval needs the weights: --resume FILE or --finetune FILE'),
         (args.resplit and (args.reprob == 0 or args.no_aug),

@@ -95,8 +95,8 @@ def build_criterion(
         teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, in_chans=args.in_chans, **sizes
     )
     alpha = 0.5 if args.distillation_alpha is None else args.distillation_alpha
-    kind, tau = args.distillation_type, args.distillation_tau or 1.0
-    return DistillationLoss(criterion, distillation_type=kind, alpha=alpha, tau=tau), teacher
+    tau = args.distillation_tau or 1.0
+    return DistillationLoss(criterion, distillation_type=args.distillation_type, alpha=alpha, tau=tau), teacher
 
 
 def build_keep_rates(args: argparse.Namespace) -> evit.KeepRateSchedule | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter, deque
@@ -43,6 +44,9 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return ''
 
 
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # other errors do not say that nothing is there
+
+
 class Listing:
     """What lies below a folder: each folder is read once, which a file system far away does fast."""
 
@@ -55,7 +59,9 @@ class Listing:
         if folder not in self._found:
             try:
                 self._found[folder] = {entry.name: _kind(entry) for entry in os.scandir(self.root / folder)}
-            except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null byte
+            except (OSError, ValueError) as err:  # the latter for a null byte
+                if isinstance(err, OSError) and err.errno not in ABSENT:
+                    raise
                 self._found[folder] = {}
         return self._found[folder]
 

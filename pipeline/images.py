@@ -295,12 +295,12 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def subset(self, indices: np.ndarray, *, on_bad_image: str) -> ImageDataset:
         """These of the images as a data set of their own, which reads them from the same place."""
-        part = copy.copy(self)
-        part.select(indices)
-        part.on_bad_image = on_bad_image
-        part._bad = torch.zeros_like(self._bad).share_memory_()
-        part._logged = part._bad.clone()
-        return part
+        subset = copy.copy(self)
+        subset.select(indices)
+        subset.on_bad_image = on_bad_image
+        subset._bad = torch.zeros_like(self._bad).share_memory_()
+        subset._logged = subset._bad.clone()
+        return subset
 
     def __len__(self) -> int:
         return len(self._positions)

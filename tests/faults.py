@@ -9,6 +9,7 @@ not hold; `tests/test_faults.py` makes each of them a time or two. Trainings are
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -116,7 +117,9 @@ def truncated_checkpoint(root: Path, rng: random.Random) -> None:
 @fault
 def flipped_byte(root: Path, rng: random.Random) -> None:
     def flip(data: bytes) -> bytes:
-        place = rng.randrange(len(data))
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # between its records a byte may say nothing
+            record = max(archive.infolist(), key=lambda entry: entry.file_size)
+            place = data.index(archive.read(record)) + rng.randrange(record.file_size)
         return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
 
     damaged(root, rng, flip)
@@ -132,7 +135,7 @@ def sigterm(root: Path, rng: random.Random) -> None:
     os.kill(children[0], number)
     begun = time.monotonic()
     (code,) = wait(children)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     if code != 0:  # it had ended by itself
         assert code == 128 + number, text(folder)
         assert 'stopped: ' + signal.Signals(number).name in one_line(folder)
@@ -158,7 +161,18 @@ def preempted_group(root: Path, rng: random.Random) -> None:
     wait_for(lambda: folder.with_suffix('.0.txt').exists() and 'Epoch 0 [5' in text(folder))
     for child in children:
         os.kill(child, signal.SIGUSR1)
-    first, status = os.waitpid(-1, 0)
+    left = {}
+
+    def one_has_left() -> bool:
+        for child in children:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                left[pid] = status
+                return True
+        return False
+
+    wait_for(one_has_left)
+    ((first, status),) = left.items()
     (other,) = set(children) - {first}
     os.kill(other, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(status) == 138, text(folder)
@@ -577,7 +591,7 @@ def climbing_archive(root: Path, rng: random.Random) -> None:
     """A DomainNet archive, and a list, with names that lead out of their folder."""
     data = root / 'data'
     data.mkdir()
-    for name in ('../evil.png', '/tmp/evil.png', 'sketch/../../evil.png'):
+    for name in ('../evil.png', f'{root}/evil.png', 'sketch/../../evil.png'):
         with zipfile.ZipFile(data / 'sketch.zip', 'w') as archive:
             archive.writestr(name, b'x')
             archive.writestr('sketch/a/1.png', b'x')
@@ -588,8 +602,11 @@ def climbing_archive(root: Path, rng: random.Random) -> None:
             raise AssertionError(f'{name} was accepted')
         except SystemExit as stop:
             assert stop.code in (1, 2)
-        evil = [path for path in (root / 'evil.png', root.parent / 'evil.png', Path('/tmp/evil.png')) if path.exists()]
-        assert not evil and not list(root.rglob('evil*')), 'a file was written outside'
+        for split in ('train', 'test'):  # in the archive alone
+            (data / f'sketch_{split}.txt').write_text('sketch/a/1.png 0\n')
+        prepare_domainnet.main([str(data), str(root / 'out')])
+        shutil.rmtree(root / 'out')
+        assert not (root.parent / 'evil.png').exists() and not list(root.rglob('evil*')), 'a file was written outside'
 
 
 def evaluated(root: Path, checkpoint: Path, *, images: int, batch: int, processes: int) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import models  # noqa: F401
+from config.arguments import parse_args
 from main import main as train
 from models.ablations import create_model
 from models.dhvt import DHVT
@@ -33,6 +34,10 @@ PAPER = ('5', '6', '8', '9', '10', '11', 'affines')  # tables with published fig
 DEPTH, PATCHES, CLASSES = 12, 64, 100
 VIT = {'stem': 'patch', 'attention': 'plain', 'feed_forward': 'mlp'}
 DEIT = {**VIT, 'pos_embed': 'learn'}
+
+
+def kwargs_of(row: ablate.Row) -> dict[str, Any]:
+    return dict(parse_args(['--model-kwargs', *row.options.split()]).model_kwargs)
 
 
 def small(**kwargs: Any) -> DHVT:
@@ -66,9 +71,9 @@ def test_parameters_of_each_row(name: str) -> None:
     table = TABLES[name]
     for row in table.rows:
         with torch.device('meta'):  # shapes alone
-            model = create_model(row.model, **row.kwargs)
+            model = create_model(row.model, **kwargs_of(row))
         width, heads = (192, 4) if 'tiny' in row.model else (384, 8)
-        expected = parameters(dict(row.kwargs), width=width, heads=row.kwargs.get('num_heads', heads))
+        expected = parameters(kwargs_of(row), width=width, heads=kwargs_of(row).get('num_heads', heads))
         assert sum(p.numel() for p in model.parameters()) == expected, row.name
         assert 50 < row.paper < 90 and isinstance(model, DHVT)
     assert len({row.name for row in table.rows}) == len(table.rows)
@@ -82,8 +87,8 @@ def test_formulas_know_the_published_counts() -> None:
 
 
 def test_number_of_rows() -> None:
-    assert TABLES['5'].rows[0].kwargs == DEIT and TABLES['10'].rows[3].kwargs == {'num_heads': 6}
-    assert TABLES['9'].rows[2].kwargs == {'shortcut': False}
+    assert kwargs_of(TABLES['5'].rows[0]) == DEIT and kwargs_of(TABLES['10'].rows[3]) == {'num_heads': 6}
+    assert kwargs_of(TABLES['9'].rows[2]) == {'shortcut': False}
     assert {name: len(TABLES[name].rows) for name in PAPER} == {
         '5': 8, '6': 4, '8': 3, '9': 3, '10': 5, '11': 12, 'affines': 2
     }  # fmt: skip
@@ -240,12 +245,12 @@ def test_layer_norm_is_by_position(options: dict[str, str]) -> None:
 def test_every_row_trains_every_parameter() -> None:
     for table in TABLES.values():
         for row in table.rows:
-            model = small(**{**row.kwargs, 'num_heads': 2}).train()
+            model = small(**{**kwargs_of(row), 'num_heads': 2}).train()
             model.set_grad_checkpointing()
             model(torch.randn(4, 3, 16, 16)).square().mean().backward()
             idle = {name for name, p in model.named_parameters() if not p.grad.any()}
             # Without aggregation nothing leads from the last feed-forward on patch tokens to the class token.
-            split = row.kwargs.get('feed_forward') in ('split', 'pool') and 'aggregation' not in row.kwargs
+            split = kwargs_of(row).get('feed_forward') in ('split', 'pool') and 'aggregation' not in kwargs_of(row)
             assert idle == (
                 {f'blocks.1.mlp.fc{i}.{kind}' for i in (1, 2) for kind in ('weight', 'bias')} if split else set()
             )

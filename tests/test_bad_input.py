@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import folder2lmdb
-from config.arguments import parse_args
+from config.arguments import get_args_parser, parse_args
 from config.builders import build_criterion, build_model, build_optimizer, build_scheduler
 from config.data import load_splits, open_loaders
 from config.pretrained import load_trained
@@ -74,6 +75,8 @@ VALUES: dict[str, list[list[str]]] = {
             ),
             *('smoothing', 'reprob', 'recount', 'mixup', 'cutmix', 'mixup-prob', 'train-fraction', 'num_workers'),
             'cache-gib',
+            *('layer-decay', 'lr-noise-pct', 'lr-noise-std', 'patience-epochs', 'color-jitter', 'mixup-switch-prob'),
+            *('val-fraction', 'val-seed', 'folds', 'fold', 'train-fraction-seed', 'shrink_epochs', 'in-chans'),
             *('start_epoch', 'timeout', 'most-skips', 'distillation-alpha', 'distillation-tau', 'lr-delay-epochs'),
         )
     },
@@ -99,6 +102,12 @@ VALUES: dict[str, list[list[str]]] = {
     'teacher-path': [['/nowhere'], ['']],
     'checkpoint-every': [['5'], ['10m'], ['0'], ['0m'], ['m'], ['-3'], ['1h'], ['1.5m'], ['1.5'], ['9' * 30]],
     'on-nan': [['rewind'], ['x']],
+    'on-bad-image': [['skip'], ['x']],
+    'sampler': [['balanced'], ['x']],
+    'class-weights': [['balanced'], ['x']],
+    'value-range': [['0', '4095'], ['4095', '0'], ['nan', '1'], ['0'], ['x', 'y']],
+    'teacher-model': [['resnet10t'], ['nonsense']],
+    'export-safetensors': [['x.safetensors'], ['x']],
     'output_dir': [['/proc/x'], ['']],
     'resume': [['/nowhere/a.pth'], ['/'], ['file:///nowhere'], ['']],
     'finetune': [['/nowhere/a.pth'], ['/dev/null'], ['http://127.0.0.1:9/x.pth']],
@@ -119,6 +128,8 @@ VALUES: dict[str, list[list[str]]] = {
                 'no-train-mode',
                 'fuse_token',
             ),
+            *('no-report', 'sched-on-updates', 'model-ema-warmup', 'model-ema-force-cpu', 'exif-orientation'),
+            *('allow-partial', 'no-pin-mem', 'only_test_speed'),
             *('no-repeated-aug', 'verify-records', 'deterministic', 'dist-eval', 'no-model-ema', 'nonsense', 'epoch'),
         )
     },
@@ -133,12 +144,23 @@ def flags(draw: st.DrawFn) -> list[str]:
     return found
 
 
+def test_every_flag_is_drawn() -> None:
+    """But for those of processes and of wandb, and those that name files which other tests are about."""
+    options = {name[2:].replace('_', '-') for name in get_args_parser()._option_string_actions if name[:2] == '--'}
+    drawn = {name.replace('_', '-').removeprefix('no-') for name in VALUES}
+    others = {'help', 'config', 'data-path', 'dr', 'dist-url', 'local-rank', 'world-size', 'test-speed', 'log-wandb',
+              'wandb-project', 'wandb-tags', 'experiment', 'report'}  # fmt: skip
+    assert {name for name in options if name.removeprefix('no-') not in drawn | others} == set()
+
+
 def one_line_at_most(call: Callable[[], object]) -> str:
     """Calls something that may fail on what was given; the message, which is one line."""
+    printed = io.StringIO()
     try:
-        call()
+        with redirect_stderr(printed):
+            call()
     except SystemExit as stop:
-        assert stop.code == 2
+        assert stop.code == 2 and printed.getvalue().count('\n') == 1, printed.getvalue()
     except (InputError, OSError) as err:  # what main.py's one_line_errors turns into a line and an exit code
         assert '\n' not in str(err), str(err)
         return str(err)
@@ -319,10 +341,12 @@ def test_checkpoints_with_anything_in_them(trained: Path, content: dict) -> None
     path = trained.parent / 'odd.pth'
     state = {**ckpt.load(str(trained / 'checkpoint.pth')), **content}
     ckpt.save(path, state)
+    printed = io.StringIO()
     try:
-        main([*ONE_EPOCH, '--resume', str(path)])
+        with redirect_stderr(printed):
+            main([*ONE_EPOCH, '--resume', str(path)])
     except SystemExit as stop:
-        assert stop.code in (1, 2)
+        assert stop.code in (1, 2) and printed.getvalue().count('\n') == 1, printed.getvalue()
 
 
 def test_the_damage_reaches_what_is_tested(trained: Path) -> None:

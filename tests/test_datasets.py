@@ -68,6 +68,7 @@ def test_folders_share_one_class_map(make_folder: MakeFolder) -> None:
 def test_hidden_folders_are_no_classes_and_empty_ones_are_reported(make_folder: MakeFolder) -> None:
     root = make_folder({'train': ['a', 'b', '.ipynb_checkpoints'], 'val': ['a']}, images=1)
     (root / 'val' / 'b').mkdir()
+    (root / 'train' / 'a' / '._0.jpg').write_bytes(b'what macOS leaves beside a file')
     (root / 'val' / 'notes.txt').write_text('a file beside the folders')
     splits = build_datasets(DataSource('FOLDER', str(root)))
     assert splits.train.classes == ['a', 'b'] and len(splits.train) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import models  # noqa: F401
 from models.dhvt import DHVT, DHVTBlock, DynamicAggregationFeedForward, HeadInteractedAttention
 from models.speed import count_macs
 from tests import golden
+from tests.conftest import ROOT
 
 VARIANTS = {  # parameters, multiply-adds in G
     'dhvt_tiny_cifar_patch4': (6_008_650, 0.390),
@@ -44,6 +46,14 @@ def test_parameters_and_multiply_adds(name: str) -> None:
     model = timm.create_model(name)
     assert sum(p.numel() for p in model.parameters()) == VARIANTS[name][0]
     assert round(count_macs(model, (3, *model.patch_embed.img_size)) / 1e9, 3) == VARIANTS[name][1]
+
+
+def test_the_table_of_models_says_so() -> None:
+    page = (ROOT / 'docs' / 'models.md').read_text()
+    rows = re.findall(r'^\| `(dhvt_\w+)` .*\| ([\d.]+)M \| ([\d.]+) G \|$', page, re.MULTILINE)
+    assert {name: (parameters, macs) for name, parameters, macs in rows} == {
+        name: (f'{parameters / 1e6:.2f}', f'{macs:.3f}') for name, (parameters, macs) in VARIANTS.items()
+    }
 
 
 @pytest.mark.parametrize('name', golden.DHVT)
@@ -138,10 +148,10 @@ def test_drop_path_grows_linearly() -> None:
 
 
 def test_projection_dropout_acts_after_the_head_tokens_are_dropped() -> None:
+    torch.manual_seed(0)
     attn = HeadInteractedAttention(dim=32, num_heads=2, proj_drop=0.5)
-    attn(torch.randn(4, 17, 32))
-    zeros = (attn(torch.randn(64, 17, 32)) == 0).float().mean().item()
-    assert zeros == pytest.approx(0.5, abs=0.02)
+    zeros = (attn(torch.randn(64, 17, 32))[:, 0] == 0).float().mean().item()  # 0.5**3 where it acted before
+    assert zeros == pytest.approx(0.5, abs=0.06)
 
 
 # timm's contract

@@ -58,7 +58,7 @@ def test_the_blocks_of_extend_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     rows = (tmp_path / 'output' / 'shapes.csv').read_text().splitlines()
     assert rows[0] == 'path,class1,probability1,class2,probability2' and len(rows) == 33
-    assert done.stdout.splitlines()[-2].startswith('block') or "'circle'" in done.stdout
+    assert "{'circle':" in done.stdout
 
 
 def commands(page: str) -> list[str]:
@@ -158,7 +158,10 @@ def test_links_lead_somewhere(page: str) -> None:
 
     def anchors(path: Path) -> set[str]:
         heads = re.findall(r'^#+ (.*)$', re.sub(r'```.*?```', '', path.read_text(), flags=re.DOTALL), re.MULTILINE)
-        return {re.sub(r'[^\w\- ]', '', head.lower()).replace(' ', '-') for head in heads}
+        return set(map(slug, heads))
+
+    def slug(head: str) -> str:
+        return re.sub(r'[^\w\- ]', '', head.lower()).replace(' ', '-')
 
     path = (ROOT / 'docs' / page).resolve()
     text = BLOCK.sub('', path.read_text())
@@ -172,4 +175,4 @@ def test_links_lead_somewhere(page: str) -> None:
     if path.parent.name == 'docs':
         contents = set(re.findall(r'^- \[.*\]\(#([^)]+)\)$', text, re.MULTILINE))
         heads = re.findall(r'^## (.*)$', text, re.MULTILINE)
-        assert len(contents) >= len(heads), heads
+        assert contents >= set(map(slug, heads)) or len(heads) < 2

@@ -112,14 +112,14 @@ def test_what_a_checkpoint_says_adds_no_flags() -> None:
             stored_flags(stored)
 
 
-def test_each_flag_in_both_spellings() -> None:
+def test_each_flag_in_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:
     parser = get_args_parser()
     flags = [name for name in parser._option_string_actions if name.startswith('--') and name != '--help']
     for flag in flags:
         for spelling in (flag, '--' + flag[2:].replace('_', '-'), '--' + flag[2:].replace('-', '_')):
             with pytest.raises(SystemExit) as stop:
                 parser.parse_args([spelling, '--no-such-flag'])
-            assert stop.value.code == 2
+            assert stop.value.code == 2 and f'unrecognized arguments: {spelling} ' not in capsys.readouterr().err
     assert parser.parse_args(['--batch_size=3', '--output-dir', 'x_y', '--no_pin_mem']).output_dir == 'x_y'
 
 

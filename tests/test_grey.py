@@ -79,7 +79,7 @@ def test_a_run_on_grey_images(flags: list[str], tmp_path: Path, capsys: pytest.C
 
 
 def test_evit_on_grey_images(flags: list[str], tmp_path: Path) -> None:
-    model = ['--model', 'deit_small_patch16_shrink_base', '--input-size', '32', '--drop_loc', '1',
+    model = ['--model', 'deit_small_patch16_shrink_base', '--input-size', '32', '--drop_loc', '1', '--shrink_start_epoch', '0',
              '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2']  # fmt: skip
     main([*PLAIN, *model, *flags, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
     image = flags[flags.index('--data-path') + 1] + '/val/a/0.jpg'
@@ -89,7 +89,8 @@ def test_evit_on_grey_images(flags: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize('augment', ['pil', 'batched'])
 def test_grey_images_are_augmented(augment: str, flags: list[str]) -> None:
     plain = [flag for flag in PLAIN if flag != '--no-aug']
-    main([*SMALL_MODEL, *plain, *flags, '--augment', augment, '--epochs', '1', '--aa', 'rand-m9-mstd0.5-inc1'])
+    argv = [*SMALL_MODEL, *plain, *flags, '--augment', augment, '--epochs', '1', '--aa', 'rand-m9-mstd0.5-inc1']
+    assert main(argv)['train_loss'] != main([*argv, '--no-aug'])['train_loss']
 
 
 def test_grey_batches_are_those_of_grey_colours() -> None:

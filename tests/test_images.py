@@ -30,8 +30,7 @@ from tests.test_distributed import trained_by
 from utils import InputError
 
 MakeFolder = Callable[..., Path]
-RNG = np.random.default_rng(0)
-SMOOTH = np.kron(RNG.integers(0, 256, (7, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8)[:51, :67]
+SMOOTH = np.kron(np.random.default_rng(0).integers(0, 256, (7, 9, 3)), np.ones((8, 8, 1))).astype(np.uint8)[:51, :67]
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -45,7 +44,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 @pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK', 'YCbCr'])
 @pytest.mark.parametrize('quality', [30, 75, 100])
 def test_jpegs_have_the_pixels_of_pillow(subsampling: str, progressive: bool, mode: str, quality: int) -> None:
-    for pixels in (SMOOTH, RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)):
+    for pixels in (SMOOTH, np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)):
         image = Image.fromarray(pixels).convert(mode)
         options: dict[str, Any] = {} if mode in ('L', 'CMYK') else {'subsampling': subsampling}
         data = encode(image, 'JPEG', quality=quality, progressive=progressive, **options)
@@ -274,27 +273,13 @@ def test_what_cannot_be_decoded_says_why(data: bytes, reason: str) -> None:
         decode(data)
 
 
-@pytest.mark.filterwarnings('ignore::UserWarning')  # Pillow's, about damaged metadata
-def test_altered_bytes_never_end_otherwise_than_as_an_image_or_an_error() -> None:
-    for kind in ('JPEG', 'PNG', 'GIF', 'WEBP', 'TIFF', 'BMP'):
-        whole = encode(Image.fromarray(SMOOTH), kind)
-        for _ in range(60):
-            data = bytearray(whole)
-            for position in RNG.integers(0, len(data), 5):
-                data[position] = RNG.integers(0, 256)
-            try:
-                assert decode(bytes(data)).mode == 'RGB'
-            except ValueError as err:
-                assert str(err)
-
-
-def damage(data: bytes, number: int) -> bytes:
+def damage(data: bytes, number: int, rng: np.random.Generator) -> bytes:
     """Whole, cut off, or with a few bytes altered: in turn, at random."""
     if number % 4 == 0:
-        return data[: RNG.integers(len(data))]
+        return data[: rng.integers(len(data))]
     altered = bytearray(data)
-    for position in RNG.integers(0, len(data), number % 4 - 1):
-        altered[position] = RNG.integers(0, 256)
+    for position in rng.integers(0, len(data), number % 4 - 1):
+        altered[position] = rng.integers(0, 256)
     return bytes(altered)
 
 
@@ -310,8 +295,9 @@ def test_damaged_jpegs_are_good_and_bad_as_with_pillow_alone() -> None:
     twelve_bits = bytearray(kinds[0])
     twelve_bits[twelve_bits.index(b'\xff\xc0') + 4] = 12
     good = {True: 0, False: 0}
+    rng = np.random.default_rng(0)
     for number in range(2000):
-        data = damage([*kinds, bytes(twelve_bits)][number % 7], number // 7)
+        data = damage([*kinds, bytes(twelve_bits)][number % 7], number // 7, rng)
         found = []
         for way in (
             lambda file: Reading().convert(Image.open(io.BytesIO(file))),

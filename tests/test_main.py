@@ -480,3 +480,10 @@ def test_arguments_are_not_changed(flags: list[str]) -> None:
 
     run(args)
     assert vars(args) == before
+
+
+def test_a_run_may_begin_with_a_later_epoch(flags: list[str], tmp_path: Path) -> None:
+    main([*flags, '--epochs', '3', '--output_dir', str(tmp_path / 'whole')])
+    main([*flags, '--epochs', '3', '--start_epoch', '2', '--output_dir', str(tmp_path / 'late')])
+    (line,) = log_lines(tmp_path / 'late')
+    assert line['epoch'] == 2 and line['train_lr'] == log_lines(tmp_path / 'whole')[2]['train_lr']

@@ -62,9 +62,15 @@ def test_the_wheel_works_in_another_project(wheel: Path, tmp_path: Path) -> None
     done = subprocess.run(
         [sys.executable, '-c', USE],
         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path / 'site')}, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f'(2, 3) {tmp_path}/site/dhvt/__init__.py', 'set()']
+
+
+def test_dhvt_can_be_copied_alone() -> None:
+    nodes = list(ast.walk(ast.parse((ROOT / 'models' / 'dhvt.py').read_text())))
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes)
 
 
 def test_the_models_import_nothing_else() -> None:
@@ -98,6 +104,7 @@ def test_a_system_without_locks_and_signals(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, '-c', HIDDEN, *argv],
         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
     assert 'Note: this system has no file locks' in done.stdout and (tmp_path / 'out' / 'checkpoint.pth').exists()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import threading
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from tests.processes import run
 from training import checkpoint as ckpt
 from training import signals as interrupts
 from training.output import BackgroundWriter, OutputFolder
+from training.run import Run
 from training.state import TrainingProgress, compare
 from training.weights import stored_args
 from utils import EpochSums, InputError, NonFiniteError, seed_all
@@ -275,11 +279,9 @@ def test_requeue_asks_slurm(
     assert 'scontrol requeue 16_3: not allowed' in capsys.readouterr().out
 
 
-def test_a_signal_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not waited for: the run goes on with that evaluation."""
-    import signal
-
-    import engine
+@pytest.mark.parametrize(('number', 'asked'), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+def test_a_signal_in_evaluation(number: int, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for: the run goes on with that evaluation. SIGUSR1 has SLURM start the job again."""
     from training import run as training
 
     out = [*DIGITS, '--epochs', '2', '--output_dir', str(tmp_path / 'out'), '--auto-resume']
@@ -287,17 +289,18 @@ def test_a_signal_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     original = training.Run._test
 
     def interrupted(self: training.Run, *args: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return original(self, *args)
 
+    calls: list[int] = []
+    monkeypatch.setattr(training, 'requeue', lambda: calls.append(number))
     monkeypatch.setattr(training.Run, '_test', interrupted)
     with pytest.raises(SystemExit) as caught:
         main(out)
-    assert caught.value.code == 143
+    assert caught.value.code == 128 + number and len(calls) == asked
     state = ckpt.load(str(tmp_path / 'out' / 'checkpoint.pth'))
     assert state['epoch'] == -1 and state['progress']['done'] == 1437 // 256 * 256
     monkeypatch.setattr(training.Run, '_test', original)
-    assert engine.evaluate is not None
     main(out)
     logs = [(tmp_path / name / 'log.txt').read_bytes() for name in ('out', 'whole')]
     assert logs[0] == logs[1]
@@ -413,3 +416,12 @@ def test_wrong_flags(argv: list[str], message: str, capsys: pytest.CaptureFixtur
 def test_intervals() -> None:
     for text, interval in (('500', ('steps', 500)), ('10m', ('minutes', 10)), ('0.5m', ('minutes', 0.5))):
         assert parse_args([*DIGITS, '--checkpoint-every', text, '--output_dir', 'x']).checkpoint_every == interval
+
+
+@pytest.mark.parametrize(('ago', 'busy', 'due'), [(100, False, False), (140, False, True), (140, True, False)])
+def test_a_checkpoint_after_so_many_minutes(ago: float, busy: bool, due: bool) -> None:
+    settings = SimpleNamespace(checkpoint_every=('minutes', 2.0))
+    output = SimpleNamespace(path=Path(), busy=busy)
+    saved = time.monotonic() - ago
+    run: Any = SimpleNamespace(run_settings=settings, output=output, _saved_at=saved, _steps_since_save=0)
+    assert Run._save_is_due(run) == due

@@ -145,3 +145,10 @@ def test_a_balanced_epoch_goes_on_with_other_processes() -> None:
     assert all_batches(1000, batch=50, replicas=1, balanced=UNEQUAL, start=start)[0] == own[7:]
     rest = all_batches(1000, batch=25, replicas=2, balanced=UNEQUAL, start=start)
     assert sorted(draw for own in rest for batch in own for draw in batch) == sorted(whole[350:])
+
+
+@pytest.mark.parametrize('repeated', [True, False])
+def test_the_order_does_not_depend_on_the_seed(repeated: bool) -> None:
+    """As published: it follows from the epoch alone."""
+    one, other = (all_batches(600, batch=16, replicas=2, repeated=repeated, seed=seed) for seed in (0, 1))
+    assert one == other

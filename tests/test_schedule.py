@@ -82,32 +82,27 @@ def test_an_epoch_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert json.loads((tmp_path / 'cut' / 'test.json').read_text())['epoch'] == 2
 
 
+PLATEAU = [
+    *('--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--warmup-epochs', '0'),
+    *('--lr', '1e-6', '--min-lr', '0', '--epochs', '4', '--checkpoint-every', '8'),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize('noise', [[], ['--lr-noise', '0.5']])
 def test_plateau_goes_on_to_the_bit(noise: list[str], tmp_path: Path) -> None:
-    """Its counters are PyTorch's, which timm does not keep."""
-    flags = ['--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--warmup-epochs', '0', *noise]
-    argv = [
-        *DIGITS,
-        *flags,
-        '--lr',
-        '1e-6',
-        '--min-lr',
-        '0',
-        '--epochs',
-        '4',
-        '--checkpoint-every',
-        '8',
-        '--output_dir',
-    ]
+    """Its counters, which timm does not keep, are the checkpoint's; what the flags say is theirs."""
+    argv = [*DIGITS, *PLATEAU, *noise, '--output_dir']
     main([*argv, str(tmp_path / 'whole')])
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
-    middle = tmp_path / 'cut' / 'previous_checkpoint.pth'
-    assert ckpt.load(str(middle))['epoch'] == 2
-    main([*argv, str(tmp_path / 'cut'), '--resume', str(middle)])
-    whole, cut = (ckpt.load(str(tmp_path / name / 'checkpoint.pth')) for name in ('whole', 'cut'))
+    for name, more in (('cut', []), ('forced', ['--lr', '2e-6', '--force-resume'])):
+        shutil.copytree(tmp_path / 'whole', tmp_path / name)
+        middle = tmp_path / name / 'previous_checkpoint.pth'
+        assert ckpt.load(str(middle))['epoch'] == 2
+        main([*argv, str(tmp_path / name), '--resume', str(middle), *more])
+    whole, cut, forced = (ckpt.load(str(tmp_path / name / 'checkpoint.pth')) for name in ('whole', 'cut', 'forced'))
     assert whole['history'] == cut['history'] and whole['lr_scheduler'] == cut['lr_scheduler']
     rates = [line['train_lr'] for line in whole['history']]
     assert len(set(rates)) > 1, rates
+    assert forced['history'][-1]['train_lr'] == pytest.approx(2 * rates[-1])
 
 
 def test_a_warm_up_without_end_is_noted(capsys: pytest.CaptureFixture[str]) -> None:

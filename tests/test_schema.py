@@ -113,7 +113,7 @@ def test_each_field_by_each_wrong_value(part: int, trained: Path) -> None:
                 use(replaced(good, way, wrong), args, parts)
             except InputError as err:
                 refused += 1
-                assert ('\n' not in str(err) and 'a.pth' in str(err)) or 'checkpoint' in str(err), (way, str(err))
+                assert '\n' not in str(err) and ('a.pth' in str(err) or 'checkpoint' in str(err)), (way, str(err))
     assert refused > len(ways) * len(WRONG) // 3
     use(good, args, parts)
 

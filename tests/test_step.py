@@ -149,8 +149,7 @@ def test_grad_checkpointing_and_memory_formats_change_nothing_but_rounding(tmp_p
 
 
 def test_compiled_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With mixing, drop path, an average and a resume: plain keys, nothing compiled after the first epoch, and to
-    the same end as without."""
+    """With an average: plain keys, nothing compiled after the first epoch, and to the same end as without."""
     flags = ['--epochs', '2', '--batch-size', '256', '--opt', 'sgd', '--lr', '0.1', '--drop-path', '0', '--amp', 'off']
     flags = [*DIGITS, '--input-size', '16', '--model-ema-decay', '0.9', '--warmup-epochs', '0', *flags]
     flags += ['--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2']

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from PIL import Image
 
 import models  # noqa: F401
 from main import main as train
-from tests.conftest import PLAIN
+from tests.conftest import PLAIN, ROOT
 from tests.test_deit_evit import EVIT
 from tools import benchmark_data, visualize
 from tools.visualize import DROPPED, FUSED, KEPT, find_states
+
+TOOLS = [path for path in sorted((ROOT / 'tools').glob('*.py')) if path.stem not in ('__init__', 'check_env')]
 
 
 @pytest.mark.parametrize(('fuse', 'taken'), [(True, FUSED), (False, DROPPED)])
@@ -82,3 +85,10 @@ def test_benchmark_of_data(  # type: ignore[no-untyped-def]
     monkeypatch.setattr(benchmark_data, 'READS', 2000)
     benchmark_data.main(['memory', '--images', '2000'])
     assert capsys.readouterr().out.count('| 2,000 |') == 12  # the small data set and the large one are the same here
+
+
+@pytest.mark.parametrize('name', ['folder2lmdb', *(f'tools.{path.stem}' for path in TOOLS)])
+def test_each_command_has_a_help(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        import_module(name).main(['--help'])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith('usage: ')

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from config import flags
 from config.arguments import parse_args
 from config.errors import explain
+from config.flags import usable_workers
 from training import distributed
 from training.devices import find_amp_dtype, find_device
 from training.distributed import Process, _slurm_rendezvous, find_process
@@ -73,6 +75,12 @@ def test_downloads_are_done_in_turn(process: Process, expected: list[str], monke
     with distributed.main_process_first(process):
         events.append('work')
     assert events == expected
+
+
+@pytest.mark.parametrize(('processes', 'expected'), [(1, 10), (4, 10), (8, 5), (64, 1)])
+def test_loader_processes(processes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, 'num_usable_cores', lambda: 40)
+    assert usable_workers(None, processes=processes) == expected and usable_workers(3, processes=processes) == 3
 
 
 def test_devices() -> None:

@@ -6,7 +6,7 @@ TABLE is one of tools/ablations.yaml; docs/tools.md says what is done where the 
 is a model of one class, made by `--model-kwargs`, and every run is a call of main.py in its own folder, DIR/ROW/seedN,
 with `--auto-resume`: the same command again leaves finished runs as they are and goes on with the one that was stopped.
 Flags are the table's, which for the paper's ablations are CIFAR-100, 300 epochs, a total batch of 512, 10 epochs of
-warm-up, learning rate 1e-3 and four seeds; further flags come after them and win.
+warm-up, learning rate 1e-3 and four seeds; further flags win, but may not be those that the rows set.
 
 After each run DIR/table.md, table.csv, table.png and curves.png are written. A run counts with its best top-1, as the
 paper's do; one that holds images out, with its best checkpoint's on the test images. A row has the mean of its runs,
@@ -71,10 +71,6 @@ class Row(NamedTuple):
     options: str = ''  # of --model-kwargs
     paper: float | None = None
 
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return dict(parse_args(['--model-kwargs', *self.options.split()]).model_kwargs)
-
 
 class Table(NamedTuple):
     title: str
@@ -106,7 +102,7 @@ TABLES = {
 
 
 def get_args_parser() -> FlagParser:
-    parser = FlagParser('ablate.py', description="Run a table of experiments. Further flags are main.py's, and win.")
+    parser = FlagParser('ablate.py', description="Run a table of experiments. Further flags are main.py's.")
     parser.add_argument('table', metavar='TABLE', choices=TABLES, help=', '.join(TABLES))
     parser.add_argument('--seeds', nargs='+', type=SEED, default=[0, 1, 2, 3], help='a run of each row for each')
     parser.add_argument('--folds', type=FROM_ONE, help="cross-validation: main.py's, a run of each seed for each fold")
@@ -159,11 +155,9 @@ def check_further(table: Table, further: Sequence[str], kwargs: Sequence[str]) -
         UsageError: for one of them.
     """
     for arg in further:
-        name = flag_name(arg)
-        if name in OWN_FLAGS:
-            raise UsageError(f'{arg.partition("=")[0]} is set by ablate.py')
-        if name in table.fixed:
-            raise UsageError(f"{arg.partition('=')[0]} is set by this table's rows")
+        if flag_name(arg) in {*OWN_FLAGS, *table.fixed}:
+            owner = 'ablate.py' if flag_name(arg) in OWN_FLAGS else "this table's rows"
+            raise UsageError(f'{arg.partition("=")[0]} is set by {owner}')
     taken = {option.partition('=')[0] for row in table.rows for option in row.options.split()}
     for text in kwargs:
         if text.partition('=')[0] in taken:
@@ -178,11 +172,15 @@ def find_run(folder: Path) -> LoggedRun:
     return read_run(folder) if (folder / 'args.yaml').exists() else LoggedRun(folder, '', {}, {}, [], [])
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """The folders of a row's runs, by seed and fold; a copy under another name is none."""
+    found = [path for path in folder.glob('seed*') if re.fullmatch(r'seed\d+(-fold\d+of\d+)?', path.name)]
+    return sorted(found, key=lambda path: [int(number) for number in re.findall(r'\d+', path.name)])
+
+
 def find_finished(folder: Path) -> dict[str, tuple[float, LoggedRun]]:
     """The finished runs in a row's folder, by seed and fold, with what they count with."""
-    paths = [path for path in folder.glob('seed*') if re.fullmatch(r'seed\d+(-fold\d+of\d+)?', path.name)]
-    paths.sort(key=lambda path: [int(number) for number in re.findall(r'\d+', path.name)])
-    found = {path.name.removeprefix('seed'): find_run(path) for path in paths}
+    found = {path.name.removeprefix('seed'): find_run(path) for path in run_folders(folder)}
     return {name: (run.final, run) for name, run in found.items() if run.final is not None}
 
 
@@ -337,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(shlex.join(command_of(flags_of(row, folder), args.nproc)))
             return
         for row in table.rows:
-            for folder in row_folder(output, table, row).glob('seed*'):
+            for folder in run_folders(row_folder(output, table, row)):
                 if folder.name.partition('of')[2] != str(args.folds or ''):
                     raise InputError(f'{folder} has a run of other folds. Choose another --output')
                 check_same(folder, flags_of(row, folder), args.nproc)

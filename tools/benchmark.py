@@ -140,9 +140,10 @@ def measure(what: str, variants: Sequence[Variant], common: Sequence[str], *, ro
     runs = []
     for variant in variants:
         run = prepare(what, [*common, *variant.flags])
-        number = 1 if what != 'loader' else 2**62
+        number = 2**62
         if what != 'loader':
-            run(1)  # which compiles
+            number = 1
+            run(number)  # which compiles
         while True:  # warms up, until a measurement is long enough
             began = time.perf_counter()
             run(number)

@@ -150,7 +150,7 @@ def measure_rates(
                 torch.cuda.synchronize(device)
             if number:  # the first round warms up
                 rates[name].append(len(images) * repeats / (clock() - began))
-    size, policy = images[0].width, settings.auto_augment
+    size, policy = images[0].width, settings.auto_augment or 'no policy'
     print(f'\nBatch {len(images)}, {size} pixels, {policy}, one thread, {rounds} rounds in turn, device {device}')
     print('| pipeline | images/s | slowest to fastest | ratio |\n|---|---|---|---|')
     for name, found in rates.items():

@@ -95,7 +95,7 @@ launch() {
     # By default a hang-up ends torchrun's group, although nohup had it ignored.
     [ -z "$(trap -p HUP)" ] || torchrun+=(--signals-to-handle SIGTERM,SIGINT,SIGQUIT)
     if [ "$LAUNCHER" = srun ]; then
-        command=(srun --kill-on-bad-exit=1 --ntasks=$((nproc * nnodes)) --ntasks-per-node="$nproc" "$python") # slurm.sh
+        command=(srun --kill-on-bad-exit=1 --ntasks=$((nproc * nnodes)) --ntasks-per-node="$nproc" "$python") # a task for each process
     elif [ $((nproc * nnodes)) -eq 1 ] && [ "$restarts" -eq 0 ]; then
         command=("$python")
     elif [ "$nnodes" -eq 1 ]; then

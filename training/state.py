@@ -28,6 +28,7 @@ FREE_ARGUMENTS = {
 }  # fmt: skip
 
 MAX_EPOCHS = 1_000_000
+PLATEAU_COUNTERS = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')
 # Those of the model and the data: with others a checkpoint's weights do not even fit.
 MODEL_ARGUMENTS = {
     *('model', 'model_kwargs', 'in_chans', 'input_size', 'nb_classes', 'data_set', 'inat_category', 'finetune'),
@@ -65,9 +66,10 @@ class TrainingProgress:
 
 
 def _schedule_state(scheduler: Any) -> dict[str, Any]:
-    """timm's state of a schedule; of plateau, whose counters timm leaves out, PyTorch's."""
+    """timm's state of a schedule; of plateau its counters, which timm leaves out."""
     if isinstance(scheduler, PlateauLRScheduler):
-        return {'plateau': scheduler.lr_scheduler.state_dict(), 'restore_lr': scheduler.restore_lr}
+        counters = {name: getattr(scheduler.lr_scheduler, name) for name in PLATEAU_COUNTERS}
+        return {'plateau': counters, 'restore_lr': scheduler.restore_lr}
     return dict(scheduler.state_dict())
 
 
@@ -226,7 +228,7 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
     lr_scheduler = _read_schedule(parts.scheduler, state['lr_scheduler'], f'{source}: the schedule')
     progress = read_progress(state, source)
     try:
-        plateau = isinstance(parts.scheduler, PlateauLRScheduler)  # its rate is a state, not a function of the epoch
+        plateau = isinstance(parts.scheduler, PlateauLRScheduler)  # its rate is a state: a part of the first one
         options = [
             {key: value for key, value in group.items() if key != 'params'} for group in parts.optimizer.param_groups
         ]
@@ -238,8 +240,13 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
         if schedule or plateau:
             _load_schedule(parts.scheduler, lr_scheduler)
         if not schedule:
-            for group, own in zip(parts.optimizer.param_groups, options, strict=True):
-                group.update({key: value for key, value in own.items() if not (plateau and key == 'lr')})
+            for number, (group, own) in enumerate(zip(parts.optimizer.param_groups, options, strict=True)):
+                if plateau and group['initial_lr']:
+                    factor = own['initial_lr'] / group['initial_lr']
+                    own['lr'] = group['lr'] * factor
+                    if parts.scheduler.restore_lr:
+                        parts.scheduler.restore_lr[number] *= factor
+                group.update(own)
         if scaler and parts.scaler.is_enabled():
             parts.scaler.load_state_dict(scaler)
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as err:
