@@ -79,8 +79,8 @@ def test_a_run_on_grey_images(flags: list[str], tmp_path: Path, capsys: pytest.C
 
 
 def test_evit_on_grey_images(flags: list[str], tmp_path: Path) -> None:
-    model = ['--model', 'deit_small_patch16_shrink_base', '--input-size', '32', '--drop_loc', '1', '--shrink_start_epoch', '0',
-             '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2']  # fmt: skip
+    model = ['--model', 'deit_small_patch16_shrink_base', '--input-size', '32', '--drop_loc', '1']
+    model += ['--shrink_start_epoch', '0', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2']
     main([*PLAIN, *model, *flags, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
     image = flags[flags.index('--data-path') + 1] + '/val/a/0.jpg'
     visualize(['evit-mask', str(tmp_path / 'out'), image, '--out', str(tmp_path / 'a.png')])
