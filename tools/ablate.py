@@ -81,9 +81,7 @@ class Table(NamedTuple):
 
 def flag_name(word: str) -> str:
     """A flag in one spelling, without its value or --no-."""
-    if not word.startswith('--'):
-        return word[:2]
-    return re.sub('^--no-', '--', word.partition('=')[0].replace('_', '-'))
+    return re.sub('^--no-', '--', word.partition('=')[0].replace('_', '-')) if word[:2] == '--' else word[:2]
 
 
 def read_table(title: str, flags: str, rows: Sequence[dict[str, Any]], fixed: str = '', **common: Any) -> Table:
@@ -119,8 +117,7 @@ def get_args_parser() -> FlagParser:
 
 
 def row_folder(output: Path, table: Table, row: Row) -> Path:
-    number = table.rows.index(row) + 1
-    return output / f'{number}-{re.sub("[^a-z0-9]+", "-", row.name.lower()).strip("-")}'
+    return output / f'{table.rows.index(row) + 1}-{re.sub("[^a-z0-9]+", "-", row.name.lower()).strip("-")}'
 
 
 def run_flags(table: Table, row: Row, folder: Path, args: argparse.Namespace, further: Sequence[str]) -> list[str]:
@@ -178,12 +175,6 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: [int(number) for number in re.findall(r'\d+', path.name)])
 
 
-def find_finished(folder: Path) -> dict[str, tuple[float, LoggedRun]]:
-    """The finished runs in a row's folder, by seed and fold, with what they count with."""
-    found = {path.name.removeprefix('seed'): find_run(path) for path in run_folders(folder)}
-    return {name: (run.final, run) for name, run in found.items() if run.final is not None}
-
-
 def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
     """Refuses a folder whose run was started with other flags.
 
@@ -201,7 +192,12 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
 
 def write_table(table: Table, output: Path) -> str:
     """Writes the table and its pictures from what is in the folders; returns the text of table.md."""
-    found = {row: find_finished(row_folder(output, table, row)) for row in table.rows}
+    found: dict[Row, dict[str, tuple[float, LoggedRun]]] = {}  # finished, by seed and fold, with what they count with
+    for row in table.rows:
+        runs = [
+            (path.name.removeprefix('seed'), find_run(path)) for path in run_folders(row_folder(output, table, row))
+        ]
+        found[row] = {name: (run.final, run) for name, run in runs if run.final is not None}
     lines = [{'row': row.name, **row._asdict(), **summarize(runs)} for row, runs in found.items()]
     finished = [run for runs in found.values() for _, run in runs.values()]
     trained = sorted({describe_training(run) for run in finished})
