@@ -27,7 +27,7 @@ from config.builders import (
 )
 from config.data import build_mixup, load_splits, open_loaders
 from config.errors import explain, one_line_errors
-from config.models import check_output, put_channels_last, stored_keep_rate
+from config.models import check_output, set_memory_format, stored_keep_rate
 from datasets import find_info
 from engine import TrainSettings, evaluate
 from models.folding import fold_batchnorm
@@ -158,9 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     random_seed(args.seed, process.rank)  # here, so that the weights do not depend on what was drawn for the data
     model = build_model(args, splits.num_classes).to(device)
-    memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
-    if memory_format == torch.channels_last:
-        put_channels_last(model)
+    memory_format = set_memory_format(args, model)
     check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes,
                  in_chans=args.in_chans)  # fmt: skip
     if source:

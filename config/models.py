@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Mapping
 from functools import cache
@@ -134,11 +135,14 @@ def convert_stem_sync_batchnorm(model: nn.Module, device: torch.device) -> None:
         model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
 
 
-def put_channels_last(model: nn.Module) -> None:
-    """Lays convolutions' weights out with the channels innermost, as their gradients come from channels-last maps."""
+def set_memory_format(args: argparse.Namespace, model: nn.Module) -> torch.memory_format:
+    """The images' format. Channels-last is the convolutions' weights' too, as it will be that of their gradients."""
+    if args.channels_last is False:
+        return torch.preserve_format
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not isinstance(module, PointwiseConv):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return torch.channels_last
 
 
 def enable_grad_checkpointing(model: nn.Module, name: str) -> None:

@@ -18,10 +18,12 @@ from config.arguments import parse_args
 from config.builders import build_model
 from config.data import load_splits, open_loaders
 from config.errors import explain
+from config.models import set_memory_format
 from config.pretrained import load_trained
 from config.recall import MODEL_FLAGS, stored_flags
 from datasets import DATA_SETS, find_info
 from engine import forward
+from models.folding import fold_batchnorm
 from models.speed import count_macs
 from pipeline.images import ImageDataset
 from pipeline.readers import READERS
@@ -160,7 +162,10 @@ def predict(
     except (InputError, OSError) as err:
         return f'the images of {args.data_set} cannot be read: {one_line(err)}'
     try:
-        found = _predict_batches(model.to(chosen), loader, chosen, find_amp_dtype(args.amp, chosen), stop)
+        model.to(chosen)
+        set_memory_format(args, model)  # as main.py evaluates it: in bfloat16 some answers depend on both
+        model = fold_batchnorm(model)
+        found = _predict_batches(model, loader, chosen, find_amp_dtype(args.amp, chosen), stop)
     except (InputError, OSError) as err:
         return one_line(err)
     except RuntimeError as err:

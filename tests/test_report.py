@@ -21,9 +21,11 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 from config.arguments import parse_args
 from datasets import load_digits
+from engine import forward
 from main import main as train
 from pipeline.transforms import build_transform
 from reports import figures as report_figures
@@ -433,10 +435,20 @@ def test_end_of_run_report(digits: Path) -> None:
     assert page.tiles()['parameters'] == f'{log[-1]["n_parameters"]:,}'
 
 
-def test_matrix_counts_every_image(digits: Path, drawn: dict[str, Figure]) -> None:
+def test_matrix_counts_every_image(digits: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated = []  # the model, folded and channels-last as in main.py's evaluation
+
+    def spy(model: nn.Module, images: torch.Tensor, amp_dtype: torch.dtype | None) -> torch.Tensor:
+        evaluated.append(model)
+        return forward(model, images, amp_dtype)
+
+    monkeypatch.setattr(predictions, 'forward', spy)
     run = runs.read_runs([digits])[0]
     found = predictions.predict(run, device='cpu', num_workers=0)
     assert not isinstance(found, str)
+    modules = list(evaluated[0].modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    assert any(not module.weight.is_contiguous() for module in modules if isinstance(module, nn.Conv2d))
     targets, probabilities, _ = answers(digits)
     matrix = found.matrix()
     assert matrix.sum() == 360 and np.array_equal(matrix.sum(axis=1), np.bincount(targets))

@@ -38,7 +38,7 @@ from config.builders import build_model, build_model_ema, build_optimizer, prepa
 from config.data import build_mixup, load_splits, open_loaders
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, POSITIVE, FlagParser
-from config.models import put_channels_last
+from config.models import set_memory_format
 from engine import TrainSettings, evaluate, train_one_epoch
 from losses import create_criterion
 from models.folding import fold_batchnorm
@@ -91,9 +91,7 @@ def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> 
         raise UsageError(f'--distillation-type {args.distillation_type}: a step with a teacher is not measured')
     amp_dtype, num_classes = find_amp_dtype(args.amp, device), args.nb_classes or NUM_CLASSES
     model = build_model(args, num_classes).to(device)
-    memory_format = torch.preserve_format if args.channels_last is False else torch.channels_last
-    if memory_format == torch.channels_last:
-        put_channels_last(model)
+    memory_format = set_memory_format(args, model)
     size = args.batch_size if what == 'step' else int(1.5 * args.batch_size)
     images = torch.randn(size, args.in_chans, args.input_size, args.input_size, device=device)
     batch = images, torch.randint(num_classes, (size,), device=device)
