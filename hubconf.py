@@ -6,8 +6,11 @@ with them the constructor's arguments, the image size and the number of classes,
 
 import importlib as _importlib
 import importlib.util as _util
+import json as _json
 import pathlib as _pathlib
+import subprocess as _subprocess
 import sys as _sys
+import tempfile as _tempfile
 import types as _types
 import typing as _typing
 
@@ -15,22 +18,15 @@ dependencies = ['torch', 'timm', 'einops', 'safetensors', 'numpy', 'tqdm']
 
 _ROOT = _pathlib.Path(__file__).resolve().parent
 _ALIAS = 'dhvt_hub_models'
-_FOLDERS = ('models', 'config', 'training', 'pipeline')
-
-
-def _is_ours(module: _types.ModuleType) -> bool:
-    file = getattr(module, '__file__', None)
-    # The folder may also hold a virtual environment.
-    return file is not None and _pathlib.Path(file).resolve().parent in (_ROOT, *map(_ROOT.joinpath, _FOLDERS))
 
 
 def _load_models() -> _types.ModuleType:
     """The package models, under a name of its own: the program that asks for a model may have another `models`."""
-    for name in ('models', _ALIAS):
-        loaded = _sys.modules.get(name)
-        if loaded is not None and _is_ours(loaded):
-            return loaded
     folder = _ROOT / 'models'
+    for name in ('models', _ALIAS):
+        file = getattr(_sys.modules.get(name), '__file__', None)
+        if file is not None and _pathlib.Path(file).resolve().parent == folder:
+            return _sys.modules[name]
     spec = _util.spec_from_file_location(_ALIAS, folder / '__init__.py', submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
     package = _sys.modules[_ALIAS] = _util.module_from_spec(spec)
@@ -39,45 +35,31 @@ def _load_models() -> _types.ModuleType:
 
 
 _models = _load_models()
+_create_model = _importlib.import_module(f'{_models.__name__}.ablations').create_model  # timm's, and ablations
 
 
-def _import_trained() -> _types.ModuleType:
-    """config/pretrained.py, without a trace in sys.modules, where its and its imports' short names may be another's."""
-    ours = {*_FOLDERS, *(path.stem for path in _ROOT.glob('*.py'))}
-    found = {name: module for name, module in _sys.modules.items() if name.partition('.')[0] in ours}
-    others = {name: module for name, module in found.items() if not _is_ours(module)}
-    for name in others:
-        del _sys.modules[name]
-    for name, module in list(_sys.modules.items()):
-        if name.partition('.')[0] == _ALIAS:
-            _sys.modules.setdefault('models' + name.removeprefix(_ALIAS), module)
-    _sys.path.insert(0, str(_ROOT))
-    try:
-        return _importlib.import_module('config.pretrained')
-    finally:
-        _sys.path.remove(str(_ROOT))
-        for name in list(_sys.modules):
-            if name.partition('.')[0] in ours and (name in others or name not in found):
-                del _sys.modules[name]
-        _sys.modules.update(others)
+def _load_trained(name: str, checkpoint: str, kwargs: dict[str, _typing.Any]) -> _typing.Any:
+    """A checkpoint's model, by way of tools/export.py in a process of its own: this one may have another `utils`."""
+    from safetensors.torch import load_file, safe_open
+
+    size = [f'--input-size={kwargs["img_size"]}'] if 'img_size' in kwargs else []
+    with _tempfile.TemporaryDirectory() as folder:
+        path = f'{folder}/model.safetensors'
+        command = [_sys.executable, str(_ROOT / 'tools' / 'export.py'), checkpoint, '--model', name, *size]
+        done = _subprocess.run([*command, '--format', 'safetensors', '--out', path], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(done.stderr.strip().rpartition('\n')[2])
+        with safe_open(path, 'pt') as file:
+            config = _json.loads(file.metadata()['dhvt'])['timm']
+        weights = load_file(path)
+    model = _create_model(name, **{**config['model_args'], 'num_classes': config['num_classes'], **kwargs})
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def _entry_point(name: str, create: _typing.Callable[..., _typing.Any]) -> _typing.Callable[..., _typing.Any]:
     def entry_point(checkpoint: str | None = None, **kwargs: _typing.Any) -> _typing.Any:
-        build = _importlib.import_module(f'{_models.__name__}.ablations').create_model  # timm's, and ablations
-        if checkpoint is None:
-            return build(name, **kwargs)
-        try:
-            trained = _import_trained()
-        except ModuleNotFoundError as err:
-            raise ModuleNotFoundError(f'checkpoint= needs the packages of requirements.txt: {err}') from None
-        loaded = trained.ckpt.load(checkpoint)
-        weights = trained.model_weights(loaded, checkpoint)
-        size = kwargs.pop('img_size', None)
-        settings = trained.read_settings(loaded, weights, checkpoint, name=name, input_size=size, further=kwargs)
-        if settings.args.get('model', name) != name:
-            raise ValueError(f'{checkpoint} is of {settings.args["model"]}, not of {name}')
-        return settings.build(weights, checkpoint)
+        return _create_model(name, **kwargs) if checkpoint is None else _load_trained(name, checkpoint, kwargs)
 
     entry_point.__name__ = name
     entry_point.__doc__ = (

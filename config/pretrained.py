@@ -124,16 +124,20 @@ def read_settings(
 
     Args:
         weights: the checkpoint's, which say the size of the head.
-        name, input_size: of the model, and pixels, in place of what the checkpoint says, or where it does not.
+        name: of the model; where the checkpoint says one, it has to be that.
+        input_size: pixels, in place of what the checkpoint says, or where it does not.
         default_size: pixels, where the checkpoint does not say.
         further: arguments of the constructor, in place of the checkpoint's.
 
     Raises:
         UsageError: if it does not say its model or its size, and the arguments do not either.
-        InputError: if what it says is of another kind than this program writes.
+        InputError: if it is of another model, or what it says is of another kind than this program writes.
     """
     stored = stored_args(checkpoint)
-    name = name or stored.get('model')
+    stored_name = stored.get('model')
+    if name and isinstance(stored_name, str) and name.partition('.')[0] != stored_name.partition('.')[0]:
+        raise InputError(f'{source} is of {stored_name}, not of {name}: give that name')
+    name = name or stored_name
     if not isinstance(name, str):
         raise UsageError(f'{source} does not say which model it is of: give --model NAME and --input-size PIXELS')
     size = input_size or stored.get('input_size') or default_size

@@ -34,8 +34,6 @@ def _trained_teacher(
     weights = model_weights(loaded, path)
     stored = stored_args(loaded)
     ours = isinstance(stored.get('data_set'), str) and isinstance(stored.get('input_size'), int)
-    if ours and stored.get('model', name) != name:
-        raise InputError(f'{path} is of {stored["model"]}: give that as --teacher-model, not {name}')
     settings = read_settings(loaded, weights, path, name=name, default_size=own['input_size'][-1])
     taught = loaded.get('classes')
     if taught is not None and len(taught) == len(classes) and list(taught) != list(classes):

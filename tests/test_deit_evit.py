@@ -341,7 +341,7 @@ def test_distillation_errors(teacher: str, tmp_path: Path, capsys: pytest.Captur
     expect_error(capsys, [*DIGITS, *one_head, *hard, *deit, teacher], 'needs a model with a second head', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *deit, teacher], '--teacher-model needs --distillation-type', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, *deit, str(tmp_path / 'absent.pth')], 'no such checkpoint', 1)
-    expect_error(capsys, [*DIGITS, *STUDENT, *hard, '--teacher-path', teacher], 'give that as --teacher-model', 1)
+    expect_error(capsys, [*DIGITS, *STUDENT, *hard, '--teacher-path', teacher], 'not of regnety_160: give that name', 1)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, '--teacher-model', 'nothing'], 'no such model', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, '--distillation-tau', '2'], 'is for --distillation-type soft', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, *deit, teacher, '--no-train-mode'], 'add --train-mode', 2)
