@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,6 @@ def find_start(args: argparse.Namespace, output: OutputFolder) -> tuple[str, dic
     return source, ckpt.load(source, newest=bool(args.resume) and not args.eval), bool(args.resume)
 
 
-def load_weights(
-    args: argparse.Namespace, model: nn.Module, checkpoint: dict[str, Any], source: str, *, whole: bool
-) -> None:
-    """Loads a checkpoint's weights: all of them, or for fine-tuning those that fit."""
-    weights = model_weights(checkpoint, source)
-    if whole:
-        load_whole(model, weights, source)
-        return
-    for line in load_fitting(model, weights, source, partial=args.allow_partial):
-        log(f'{source}: {line}')
-
-
 def evaluate_only(
     args: argparse.Namespace, model: nn.Module, test: Test, classes: list[str], checkpoint: dict[str, Any]
 ) -> dict[str, Any]:
@@ -162,7 +151,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_output(model, name=args.model, input_size=args.input_size, num_classes=splits.num_classes,
                  in_chans=args.in_chans)  # fmt: skip
     if source:
-        load_weights(args, model, checkpoint, source, whole=head_stays)
+        load = load_whole if head_stays else partial(load_fitting, partial=args.allow_partial)
+        load(model, model_weights(checkpoint, source), source)
     if args.test_speed:
         report_speed(args, model, device, amp_dtype)
 

@@ -23,10 +23,11 @@ from config.models import (
     new_model,
 )
 from config.recall import EVIT_FLAGS
-from config.teachers import DEFAULT_TEACHER, create_teacher
+from config.teachers import DEFAULT_TEACHER, pretrained_teacher, trained_teacher
 from datasets import Splits
 from losses import DistillationLoss, Teacher, balanced_class_weights, create_criterion
 from models import evit
+from pipeline.transforms import normalization
 from training.distributed import Process, main_process_first
 from training.ema import MovingAverage
 from utils import UsageError, log, one_line
@@ -87,13 +88,15 @@ def build_criterion(
                          f'dhvt_tiny_cifar_patch4_distilled; {args.model} has one')  # fmt: skip
     model.set_distilled_training(True)  # type: ignore[operator]
     sizes = {'input_size': args.input_size, 'num_classes': splits.num_classes}
+    name = args.teacher_model or DEFAULT_TEACHER
     with main_process_first(process):
-        teacher = create_teacher(
-            args.teacher_model, args.teacher_path, **sizes, in_chans=args.in_chans, classes=splits.val.classes
-        )
-    check_output(
-        teacher, flag='--teacher-model', name=args.teacher_model or DEFAULT_TEACHER, in_chans=args.in_chans, **sizes
-    )
+        if args.teacher_path:
+            trained, size, own = trained_teacher(name, args.teacher_path, splits.num_classes, splits.val.classes)
+        else:
+            trained, size, own = pretrained_teacher(name, args.input_size, splits.num_classes)
+    mean, std = normalization(args.in_chans)
+    teacher = Teacher(trained, input_size=size, mean=own['mean'], std=own['std'], student_mean=mean, student_std=std)
+    check_output(teacher, flag='--teacher-model', name=name, in_chans=args.in_chans, **sizes)
     alpha = 0.5 if args.distillation_alpha is None else args.distillation_alpha
     tau = args.distillation_tau or 1.0
     return DistillationLoss(criterion, distillation_type=args.distillation_type, alpha=alpha, tau=tau), teacher

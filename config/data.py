@@ -36,13 +36,6 @@ def find_augmentation(args: argparse.Namespace) -> Augmentation:
     )
 
 
-def find_hold_out(args: argparse.Namespace) -> HoldOut | None:
-    """Which training images are held out, None for none."""
-    if args.folds is not None:
-        return HoldOut(folds=args.folds, fold=args.fold, seed=args.val_seed)
-    return HoldOut(args.val_fraction, seed=args.val_seed) if args.val_fraction else None
-
-
 def load_splits(
     args: argparse.Namespace, process: Process, known_classes: Sequence[str] | None, *, download: bool = True
 ) -> Splits:
@@ -61,13 +54,16 @@ def load_splits(
         verify=args.verify_records,
         download=download,
     )
+    hold_out = None
+    if args.val_fraction or args.folds:
+        hold_out = HoldOut(args.val_fraction, args.folds or 1, args.fold or 0, args.val_seed)
     with main_process_first(process) if source.downloads else nullcontext():
         splits = build_datasets(
             source,
             train=not args.eval,
             num_classes=args.nb_classes,
             skip_bad_images=args.on_bad_image == 'skip',
-            hold_out=find_hold_out(args),
+            hold_out=hold_out,
             train_fraction=args.train_fraction,
             train_fraction_seed=args.train_fraction_seed,
             known_classes=known_classes,

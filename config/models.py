@@ -88,6 +88,14 @@ def new_model(flag: str, name: str, img_size: int, kwargs: dict[str, Any]) -> nn
         raise UsageError(f'{flag} {name} refuses its arguments: {one_line(err)}{hint}') from None
 
 
+def published_config(name: str) -> Any:
+    """What timm says of a model's published weights; None where it has none of that name, tag included."""
+    try:
+        return timm.models.get_pretrained_cfg(name)
+    except RuntimeError:
+        return None
+
+
 def is_evit(name: str) -> bool:
     """Whether a model of timm's registry is an EViT."""
     return timm.is_model(name) and timm.models.model_entrypoint(name).__module__ == evit.__name__

@@ -15,12 +15,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from config.flags import MAX_PIXELS, PIXELS, FlagParser
-from config.models import check_kwargs, constructor_arguments, evit_kwargs, is_evit, new_model, stored_keep_rate
+from config.models import (
+    MAX_SIZE,
+    check_kwargs,
+    evit_kwargs,
+    is_evit,
+    new_model,
+    published_config,
+    stored_keep_rate,
+)
 from models.folding import fold_batchnorm
 from pipeline.files import read_file
 from pipeline.images import AS_STORED, Reading, Transform, decode
 from pipeline.transforms import build_transform, normalization
 from training import checkpoint as ckpt
+from training.schema import is_count
 from training.weights import PREFIXES, class_names, load_whole, model_weights, stored_args
 from utils import InputError, UsageError, count
 
@@ -68,10 +77,6 @@ class Settings:
         """Evaluation's, from an image to a normalised tensor (C, S, S)."""
         return build_transform(train=False, input_size=self.input_size, channels=self.reading.channels)
 
-    def prepare(self, data: bytes) -> Tensor:
-        """The model's input (C, S, S) for an image file's bytes; a ValueError says why they are no image."""
-        return self.transform(decode(data, self.reading))
-
     def build(self, weights: Mapping[str, Tensor], source: str, *, flag: str = '--model') -> nn.Module:
         """The model with these weights, which must fit exactly and be finite, on the CPU in eval mode."""
         model = new_model(flag, self.name, self.input_size, self.kwargs)
@@ -82,7 +87,7 @@ class Settings:
         return model.eval()
 
 
-def find_reading(args: Mapping[str, Any]) -> Reading:
+def find_reading(args: Mapping[str, Any], source: str = 'the run') -> Reading:
     """How the files of a run become images.
 
     Raises:
@@ -95,19 +100,18 @@ def find_reading(args: Mapping[str, Any]) -> Reading:
             raise ValueError
     except (TypeError, ValueError):
         raise InputError(
-            f'images of {channels!r:.20} channels, with values in {limits!r:.40}, cannot be read'
+            f'{source}: images of {channels!r:.20} channels, with values in {limits!r:.40}, cannot be read'
         ) from None
     turns = args.get('exif_orientation') is True
     return Reading(channels=channels, exif_orientation=turns, value_range=(low, high) if limits else None)
 
 
 def _size_of_head(name: str, weights: Mapping[str, Tensor]) -> int | None:
-    cfg = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
-    classifier = cfg.classifier if cfg is not None else None
+    classifier = getattr(published_config(name), 'classifier', None)
     if isinstance(classifier, (list, tuple)):
         classifier = classifier[0]
     found = (weights.get(f'{prefix}{classifier}.weight') for prefix in ('', *PREFIXES))
-    return next((len(weight) for weight in found if weight is not None), None)
+    return next((len(weight) for weight in found if weight is not None and weight.ndim), None)
 
 
 def read_settings(
@@ -135,10 +139,13 @@ def read_settings(
     """
     stored = stored_args(checkpoint)
     stored_name = stored.get('model')
-    if name and isinstance(stored_name, str) and name.partition('.')[0] != stored_name.partition('.')[0]:
+    if not isinstance(stored_name, str):
+        stored_name = None
+    # Names that timm had once are no other models.
+    if name and stored_name and timm.is_model(stored_name) and name.split('.')[0] != stored_name.split('.')[0]:
         raise InputError(f'{source} is of {stored_name}, not of {name}: give that name')
     name = name or stored_name
-    if not isinstance(name, str):
+    if not name:
         raise UsageError(f'{source} does not say which model it is of: give --model NAME and --input-size PIXELS')
     size = input_size or stored.get('input_size') or default_size
     if not isinstance(size, int):
@@ -154,7 +161,7 @@ def read_settings(
     except (TypeError, ValueError):
         raise InputError(f'{source} has model arguments that are not of this program') from None
     kwargs |= further or {}
-    reading = find_reading(stored)
+    reading = find_reading(stored, source)
     channels = kwargs.pop('in_chans', reading.channels)
     if channels != reading.channels:
         raise InputError(f'{source} is of a model for images of {reading.channels} channels, not of {channels}')
@@ -163,20 +170,16 @@ def read_settings(
     if timm.is_model(name):
         check_kwargs(name, kwargs)
     classes = class_names(checkpoint, source) or []
-    head = _size_of_head(name, weights) or stored.get('nb_classes') or len(classes)
+    stored_head = stored.get('nb_classes')
+    head = _size_of_head(name, weights) or (stored_head if is_count(stored_head) else 0) or len(classes)
     if head:
         kwargs['num_classes'] = head
-    if head and len(classes) > head:
+    if head and not len(classes) <= head <= MAX_SIZE:
         number = f'names {len(classes)} classes, and its head has {head} rows'
         raise InputError(f'{source} {number}: it is not of this program')
     # A head with more rows than the data had classes, and checkpoints of other programs, which name none.
     classes = [*classes, *map(str, range(len(classes), head or 0))]
     return Settings(name, kwargs, size, classes, *normalization(reading.channels), stored, reading)
-
-
-def takes_image_size(model: nn.Module) -> bool:
-    """Whether a model's constructor has `img_size`; convolutional networks do without."""
-    return 'img_size' in constructor_arguments(model)
 
 
 def load_trained(

@@ -20,7 +20,7 @@ MODEL_FLAGS = ('model', 'model_kwargs', 'in_chans', *EVIT_ARGUMENTS)  # with --f
 LAYOUT_FLAGS = ('data_layout', 'inat_category', 'use_lmdb')
 EVIT_FLAGS = (*EVIT_ARGUMENTS, 'shrink_start_epoch', 'shrink_epochs')
 RECALLED_FLAGS = (  # with --eval, these
-    *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp'),
+    *('model', 'model_kwargs', 'input_size', 'nb_classes', 'batch_size', 'amp', 'channels_last'),
     *('in_chans', 'exif_orientation', 'value_range', 'data_set', 'data_path', *LAYOUT_FLAGS, *EVIT_FLAGS),
 )
 
@@ -84,7 +84,7 @@ def _words(name: str, value: Any) -> list[str] | None:
             return [f'{key}={setting!r}' for key, setting in pairs]
         if name == 'checkpoint_every':
             kind, amount = value
-            return [f'{amount:.9g}m' if kind == 'minutes' else f'{amount:.0f}']
+            return [f'{amount:.12f}m' if kind == 'minutes' else f'{amount:.0f}']
         return [str(item) for item in value]
     except (TypeError, ValueError):
         return None

@@ -66,7 +66,7 @@ def accuracy(origin: Origin, args: dict[str, Any]) -> str:
     found = None if checkpoint.get('progress') else row.get('ema_test_acc1' if average else 'test_acc1')
     if isinstance(found, (int, float)):
         of_average = ', of the moving average of the weights' if origin.ema else ''
-        return f'{found:.2f}% top-1 on the {images} images, at the end of epoch {row["epoch"]}{of_average}'
+        return f'{found:.2f}% top-1 on the {images} images, at the end of epoch {row.get("epoch", "?")}{of_average}'
     best = checkpoint.get('max_accuracy')
     if isinstance(best, (int, float)) and math.isfinite(best) and best >= 0:
         return f'{best:.2f}% top-1 on the {images} images, the best of its run'

@@ -77,12 +77,11 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
 
 def compare_facts(runs: Sequence[LoggedRun]) -> tuple[list[list[Fact]], list[str], list[str]]:
     """The facts of each run, without those that no run has; their labels; and notes on what could not be found."""
-    known: dict[str, tuple[int, int]] = {}
     facts, notes = [], []
     for run in runs:
         cost = None
         try:
-            cost = find_cost(run, known)
+            cost = find_cost(run)
         except InputError as err:
             notes.append(f'{run.name}: {one_line(err)}')
         facts.append(list_facts(run, cost))

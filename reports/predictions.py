@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ from config.errors import explain
 from config.models import set_memory_format
 from config.pretrained import load_trained
 from config.recall import MODEL_FLAGS, stored_flags
-from datasets import DATA_SETS, find_info
+from datasets import find_info
 from engine import forward
 from models.folding import fold_batchnorm
 from models.speed import count_macs
 from pipeline.images import ImageDataset
-from pipeline.readers import READERS
 from reports.figures import MAX_NAMES, Picture, draw_classes, draw_confusion
 from reports.runs import LoggedRun, printable
 from training import checkpoint as ckpt
@@ -53,11 +53,8 @@ def recall(flags: Sequence[str], source: str) -> Any:
         raise InputError(f'{source} has flags that main.py refuses: {said.getvalue().strip()}') from None
 
 
-def find_cost(run: LoggedRun, known: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+def find_cost(run: LoggedRun) -> tuple[int, int] | None:
     """Parameters and multiply-adds of one image; None where the folder does not say what the model is.
-
-    Args:
-        known: what was found before, by the model's arguments.
 
     Raises:
         InputError: if the model cannot be built.
@@ -66,17 +63,18 @@ def find_cost(run: LoggedRun, known: dict[str, tuple[int, int]]) -> tuple[int, i
     num_classes = run.derived.get('nb_classes') or run.args.get('nb_classes') or known_classes
     if not run.args.get('model') or not isinstance(num_classes, int):
         return None
-    flags = [*stored_flags(run.args), '--mixup', '0', '--cutmix', '0']  # with which any batch size is right
-    args = recall(flags, str(run.folder / 'args.yaml'))
-    key = str([*stored_flags(run.args, (*MODEL_FLAGS, 'input_size')), num_classes])
-    if key not in known:
-        model = build_model(args, num_classes)
-        try:
-            macs = count_macs(model, (args.in_chans, args.input_size, args.input_size))
-        except Exception as err:  # the tracer has not heard of every operator of timm's models
-            raise InputError(f'the multiply-adds of {args.model} cannot be counted: {one_line(err)}') from None
-        known[key] = sum(p.numel() for p in model.parameters()), macs
-    return known[key]
+    return _cost(tuple(stored_flags(run.args, (*MODEL_FLAGS, 'input_size'))), num_classes)
+
+
+@cache
+def _cost(flags: tuple[str, ...], num_classes: int) -> tuple[int, int]:
+    args = recall([*flags, '--drop-path', '0'], 'args.yaml')  # a rate that not every model takes
+    model = build_model(args, num_classes)
+    try:
+        macs = count_macs(model, (args.in_chans, args.input_size, args.input_size))
+    except Exception as err:  # the tracer has not heard of every operator of timm's models
+        raise InputError(f'the multiply-adds of {args.model} cannot be counted: {one_line(err)}') from None
+    return sum(p.numel() for p in model.parameters()), macs
 
 
 @dataclass
@@ -94,7 +92,7 @@ class Predictions:
     targets: np.ndarray
     predicted: np.ndarray
     confidence: np.ndarray
-    epoch: int
+    epoch: int | None
 
     @property
     def accuracy(self) -> float:
@@ -104,27 +102,6 @@ class Predictions:
     def matrix(self) -> np.ndarray:
         """Images by class (row) and prediction (column)."""
         return metrics.confusion_matrix(self.targets, self.predicted, labels=np.arange(len(self.labels)))
-
-
-def _read_checkpoint(path: str, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """A checkpoint of main.py, and the arguments that evaluate it.
-
-    Args:
-        overrides: flags that replace the checkpoint's, None for those that do not.
-
-    Raises:
-        InputError: if it is damaged, or of another program.
-    """
-    state = ckpt.load(path)
-    stored = stored_args(state)
-    data_set = str(stored.get('data_set'))
-    known = data_set in DATA_SETS or find_info(data_set).kind in READERS
-    if not isinstance(stored.get('model'), str) or not known:
-        raise InputError(f'{path} does not say its model and data set: it is not of main.py')
-    flags = [*stored_flags(stored), '--eval', '--finetune', path]
-    given = {'--on-bad-image': stored.get('on_bad_image'), '--timeout': stored.get('timeout'), **overrides}
-    flags += [f'{flag}={value}' for flag, value in given.items() if value is not None]
-    return state, recall(flags, path)
 
 
 def predict(
@@ -149,10 +126,16 @@ def predict(
     path = str(run.folder / BEST)
     if not Path(path).exists():
         return f'{run.name} has no {BEST}' + ('' if run.lines else ': no epoch is whole yet')
+    kept = {'--on-bad-image': run.args.get('on_bad_image'), '--timeout': run.args.get('timeout')}
+    given = {**kept, '--data-path': data_path, '--num_workers': num_workers}
+    flags = [f'{flag}={value}' for flag, value in given.items() if value is not None]
     process = Process()
     chosen = find_device(device)
     try:
-        state, args = _read_checkpoint(path, {'--data-path': data_path, '--num_workers': num_workers})
+        state = ckpt.load(path)
+        if not {'model', 'data_set'} <= stored_args(state).keys():
+            raise InputError(f'{path} does not say its model and data set: it is not of main.py')
+        args = recall(['--eval', f'--resume={path}', *flags], path)
         model, _, _ = load_trained(path)
     except InputError as err:
         raise InputError(f'{one_line(err)}; leave it out with --no-predictions') from None
@@ -180,7 +163,7 @@ def predict(
     classes = [printable(name) for name in splits.val.classes]
     extra = range(len(classes), max(len(classes), int(predicted.max()) + 1))
     labels = [*classes, *(f'output {number}, of no class' for number in extra)]
-    epoch = int(state.get('epoch', -1))
+    epoch = state.get('epoch')
     return Predictions(run, splits.val, labels, seen, targets[seen], predicted[seen], confidence[seen], epoch)
 
 
@@ -216,15 +199,12 @@ def thumbnail(name: str, image: Image.Image) -> Picture:
 
 def confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[tuple[str, str, int, float]]:
     """The commonest pairs of class and wrong prediction: names, number of images, and their percentage of the class."""
-    wrong = matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind='stable')[:MAX_PAIRS]
-    pairs = [(int(place) // len(labels), int(place) % len(labels)) for place in order]
-    return [
-        (labels[row], labels[column], int(wrong[row, column]), 100 * wrong[row, column] / matrix[row].sum())
-        for row, column in pairs
-        if wrong[row, column]
+    wrong = [
+        (labels[row], labels[column], int(number), 100 * number / matrix[row].sum())
+        for (row, column), number in np.ndenumerate(matrix)
+        if number and row != column
     ]
+    return sorted(wrong, key=lambda pair: -pair[2])[:MAX_PAIRS]
 
 
 def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:

@@ -304,6 +304,9 @@ def run_inside(self: ablate.Child, command: list[str], *, log: Path, **_: object
     """main.py without a process of its own, which takes seconds to start."""
     assert command[1] == str(ROOT / 'main.py')
     with log.open('a') as file, redirect_stdout(file), redirect_stderr(file):
+        if (log.parent / 'fail').exists():
+            print('main.py: error: told to fail')
+            return 1
         try:
             train(command[2:])
         except SystemExit as stop:
@@ -324,11 +327,15 @@ def test_a_table(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
     first = [(folder / 'seed0' / 'console.log').stat().st_mtime_ns for folder in folders]
 
     (folders[1] / 'seed1').mkdir()
-    (folders[1] / 'seed1' / 'checkpoint.pth').write_bytes(b'not one')
+    (folders[1] / 'seed1' / 'fail').touch()
     code, out, err = run(capsys, *argv, '--seeds', '0', '1')
     log = folders[1] / 'seed1' / 'console.log'
     assert code == 1 and 'run 4 of 4: without, seed 1 ended with exit code 1' in err and str(log) in err
-    assert 'none is whole' in err and err.count('\n') == 1
+    assert "'main.py: error: told to fail'" in err and err.count('\n') == 1
+    (folders[1] / 'seed1' / 'checkpoint.pth').write_bytes(b'not one')
+    code, _, err = run(capsys, *argv, '--seeds', '0', '1')
+    assert code == 1 and 'seed1/checkpoint.pth' in err and err.count('\n') == 1
+    shutil.rmtree(folders[1] / 'seed1')
     assert out.count('finished before') == 2
     assert first == [(folder / 'seed0' / 'console.log').stat().st_mtime_ns for folder in folders]
 

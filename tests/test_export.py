@@ -28,6 +28,7 @@ from config.models import evit_kwargs
 from config.pretrained import load_trained
 from datasets import load_digits
 from main import main as train
+from models.ablations import create_model
 from pipeline.transforms import build_transform
 from reports.card import MACHINE, Origin, accuracy
 from tests.conftest import PLAIN, ROOT
@@ -51,14 +52,14 @@ needs_onnx = pytest.mark.skipif(
 )
 
 
-def make(name: str, folder: Path, *, input_size: int = 32) -> tuple[str, nn.Module]:
+def make(name: str, folder: Path, *, input_size: int = 32, **further: Any) -> tuple[str, nn.Module]:
     """A checkpoint of a model with random weights and statistics, whose moving average is another, and the model."""
-    kwargs, evit = CONFIGS[name]
+    kwargs, evit = {**CONFIGS[name][0], **further}, CONFIGS[name][1]
     sizes = {} if name == 'resnet10t' else {'img_size': input_size}
     built = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = timm.create_model(name, num_classes=5, **sizes, **kwargs, **evit_kwargs(evit))
+        model = create_model(name, num_classes=5, **sizes, **kwargs, **evit_kwargs(evit))
         built.append(as_trained(model, seed).eval())
     args = {'model': name, 'input_size': input_size, 'model_kwargs': list(kwargs.items()), **evit}
     path = folder / f'{name}.pth'
@@ -98,6 +99,7 @@ def test_timm_loads_the_folder(name: str, tmp_path: Path) -> None:
     loaded = timm.create_model(f'local-dir:{tmp_path}/new/folder', pretrained=True).eval()
     check(loaded, model, limit=0)
     assert loaded.pretrained_cfg['label_names'] == CLASSES and loaded.num_classes == 5
+    assert not loaded.pretrained_cfg.get('test_input_size')  # of the registry's own weights
     other = timm.create_model(f'local-dir:{tmp_path}/new/folder', pretrained=True, num_classes=3)  # timm's own way
     assert other.num_classes == 3
 
@@ -291,6 +293,10 @@ def test_torch_hub_beside_the_project(tmp_path: Path) -> None:
     loaded = torch.hub.load(str(ROOT), 'deit_tiny_patch16_shrink_base', source='local', checkpoint=path)
     check(loaded, model, limit=0)
     assert isinstance(loaded, models.evit.EViT)
+    path, model = make('dhvt_tiny_cifar_patch4', tmp_path, stem='no-affine')
+    loaded = torch.hub.load(str(ROOT), 'dhvt_tiny_cifar_patch4', source='local', checkpoint=path)
+    check(loaded, model, limit=0)
+    assert isinstance(loaded, models.ablations.AblatedDHVT)
     assert all(sys.modules[name] is module for name, module in before.items())
     wider = torch.hub.load(str(ROOT), 'deit_tiny_cifar_patch4', source='local', num_classes=3, depth=1, drop_rate=0.1)
     assert wider.num_classes == 3 and len(wider.blocks) == 1

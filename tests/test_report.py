@@ -435,6 +435,12 @@ def test_end_of_run_report(digits: Path) -> None:
     assert page.tiles()['parameters'] == f'{log[-1]["n_parameters"]:,}'
 
 
+def test_cost_of_a_model_without_drop_path(tmp_path: Path) -> None:
+    make_run(tmp_path / 'run', done=1, model='vgg11', model_kwargs=[], input_size=32, drop_path=0.0)
+    cost = predictions.find_cost(runs.read_run(tmp_path / 'run'))
+    assert cost is not None and cost[0] > 10**8 and cost[1] > 10**8
+
+
 def test_matrix_counts_every_image(digits: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = []  # the model, folded and channels-last as in main.py's evaluation
 
@@ -645,6 +651,7 @@ def test_bad_checkpoints(digits: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ({'weight': torch.zeros(3)}, 'does not say its model and data set'),
         ({**state, 'args': {**state['args'], 'input_size': 'x'}}, 'flags that main.py refuses'),
         ({**state, 'model': {'weight': torch.zeros(3)}}, 'does not fit the model'),
+        ({**state, 'model': {**state['model'], 'head.weight': torch.zeros(())}}, 'does not fit the model'),
     ):
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -652,5 +659,7 @@ def test_bad_checkpoints(digits: Path, tmp_path: Path, capsys: pytest.CaptureFix
             ckpt.save(path, content)
         code, error = fails([str(run)], capsys)
         assert code == 1 and message in error and '--no-predictions' in error, error
+    ckpt.save(path, {**state, 'epoch': 'x'})  # which nothing is computed with
+    report.main([str(run)])
     report.main([str(run), '--no-predictions'])
     assert 'were not asked for' in Page(run / 'report.html').words['predictions']

@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from config.arguments import parse_args
 from config.builders import build_model, build_optimizer, build_scheduler
-from config.pretrained import load_trained
+from config.pretrained import load_trained, read_settings
 from config.recall import stored_flags
 from main import main
 from tests.conftest import PLAIN
@@ -24,7 +25,7 @@ from training import checkpoint as ckpt
 from training.ema import MovingAverage
 from training.state import TrainState, compare, load_state
 from training.weights import class_names, model_weights, stored_args
-from utils import InputError
+from utils import InputError, UsageError
 
 FLAGS = [*PLAIN, '--model', 'dhvt_tiny_cifar_patch4', '--model-kwargs', 'embed_dim=8', 'depth=1', 'num_heads=2',
          '--data-set', 'DIGITS', '--batch-size', '256', '--epochs', '1', '--train-fraction', '0.2',
@@ -86,9 +87,10 @@ def use(state: dict[str, Any], args: Any, parts: TrainState) -> None:
     """What a resumed run, an evaluation and an export do with a checkpoint, and the optimizer's next step."""
     state = ckpt.check_fields(state, 'a.pth')
     class_names(state, 'a.pth')
-    json.dumps(ckpt.export_metadata(state), default=str)
+    ckpt.to_safetensors({}, ckpt.export_metadata(state))
     stored_flags(stored_args(state))
-    model_weights(state, 'a.pth')
+    with suppress(UsageError):
+        read_settings(state, model_weights(state, 'a.pth'), 'a.pth')
     known = ('data', 'precision', 'train_mode', 'augment', 'total_batch', 'processes', 'threads', 'device', 'torch')
     compare(state, vars(args), dict.fromkeys(known, 'x'))
     progress = load_state(parts, state, 'a.pth')

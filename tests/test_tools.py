@@ -58,6 +58,9 @@ def test_evit_mask(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tops = [6 + row * 38 + 16 for row in range(3)]
     brightness = [rows[top : top + 16, 6:22].mean() for top in tops]
     assert brightness[0] > brightness[1] > brightness[2]  # each block takes some away
+    dropped = [{1: np.full((4, 4), visualize.DROPPED)}]  # 4 patches of 4 pixels in 18
+    pixels = np.asarray(visualize.draw([np.full((18, 18, 3), 255, np.uint8)], dropped, 4))[6 + 18 + 16 + 6 + 16 :, 6:]
+    assert (pixels[:16, :16] < 100).all() and (pixels[16:18, 16:18] == 255).all()
     for argv, message, code in (
         ([checkpoint, str(tmp_path / 'absent.png')], 'absent.png: No such file', 1),
         ([checkpoint, checkpoint], 'cannot be read as an image', 1),

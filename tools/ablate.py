@@ -43,7 +43,6 @@ from config.builders import build_model
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, SEED, FlagParser
 from datasets import find_info
-from pipeline.workers import SIGNALS
 from reports.figures import draw_log, draw_rows
 from reports.runs import LoggedRun, choose_colors, read_run
 from reports.seeds import COLUMNS, describe_training, summarize, to_markdown
@@ -164,11 +163,6 @@ def check_further(table: Table, further: Sequence[str], kwargs: Sequence[str]) -
 # What is in the folders
 
 
-def find_run(folder: Path) -> LoggedRun:
-    """The run in a folder, without arguments if none was begun there; an InputError if its files are damaged."""
-    return read_run(folder) if (folder / 'args.yaml').exists() else LoggedRun(folder, '', {}, {}, [], [])
-
-
 def run_folders(folder: Path) -> list[Path]:
     """The folders of a row's runs, by seed and fold; a copy under another name is none."""
     found = [path for path in folder.glob('seed*') if re.fullmatch(r'seed\d+(-fold\d+of\d+)?', path.name)]
@@ -181,7 +175,7 @@ def check_same(folder: Path, flags: Sequence[str], nproc: int) -> None:
     Raises:
         InputError: with the flags that differ.
     """
-    run, own = find_run(folder), vars(parse_args(flags))
+    run, own = read_run(folder), vars(parse_args(flags))
     differences = [*different_arguments(run.args, own).values()]
     batch, before = own['batch_size'] * own['accum_steps'] * nproc, run.derived.get('total_batch')
     if before not in (None, batch):
@@ -195,7 +189,7 @@ def write_table(table: Table, output: Path) -> str:
     found: dict[Row, dict[str, tuple[float, LoggedRun]]] = {}  # finished, by seed and fold, with what they count with
     for row in table.rows:
         runs = [
-            (path.name.removeprefix('seed'), find_run(path)) for path in run_folders(row_folder(output, table, row))
+            (path.name.removeprefix('seed'), read_run(path)) for path in run_folders(row_folder(output, table, row))
         ]
         found[row] = {name: (run.final, run) for name, run in runs if run.final is not None}
     lines = [{'row': row.name, **row._asdict(), **summarize(runs)} for row, runs in found.items()]
@@ -225,15 +219,13 @@ class Child(Interrupts):
     """Runs a program that gets the signals that this one gets, each once: it has its own process group, because a
     terminal sends Ctrl-C to a whole one, and main.py leaves without a checkpoint at the second signal."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._process: subprocess.Popen | None = None
-        self._understood: set[int] = set()
+    _process: subprocess.Popen | None = None
+    _torchrun = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
         if self._process is not None:
-            self._process.send_signal(number if number in self._understood else signal.SIGTERM)
+            self._process.send_signal(signal.SIGTERM if self._torchrun and number != signal.SIGINT else number)
 
     def run(
         self, command: Sequence[str], *, log: Path, env: Mapping[str, str], torchrun: bool, show: Callable[[], object]
@@ -243,7 +235,7 @@ class Child(Interrupts):
         Args:
             show: called now and then, to show how far it is.
         """
-        self._understood = {signal.SIGTERM, signal.SIGINT} if torchrun else set(SIGNALS)
+        self._torchrun = torchrun  # which knows two signals only
         with log.open('ab') as file, self.installed():
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env,
@@ -264,7 +256,7 @@ def last_line(path: Path) -> str:
 
 def describe_progress(folder: Path) -> str:
     """How far a run is: its whole epochs, its best top-1, and what it printed last."""
-    run = find_run(folder)
+    run = read_run(folder)
     best = f', best top-1 {run.best.value:.2f}%' if run.best else ''
     return f'{run.status}{best}; ' * bool(run.args) + last_line(folder / LOG)
 
@@ -282,6 +274,7 @@ def run_one(what: str, flags: Sequence[str], *, folder: Path, nproc: int) -> flo
     env = {**threads, **os.environ}
     child, shown = Child(), -math.inf
     with tqdm(bar_format='{desc}', disable=None, file=sys.stdout, leave=False, dynamic_ncols=True) as line:
+        line.set_description_str(what)
 
         def show() -> None:
             nonlocal shown
@@ -295,7 +288,7 @@ def run_one(what: str, flags: Sequence[str], *, folder: Path, nproc: int) -> flo
     if child.signal:
         name = signal.Signals(child.signal).name
         raise Interrupted(child.signal, f'{name} in {what}; the same command goes on from there ({log})')
-    accuracy = None if code else find_run(folder).final
+    accuracy = None if code else read_run(folder).final
     if accuracy is None:
         raise InputError(
             f'{what} ended with exit code {code}: {last_line(log)!r}. Its log is {log}; once that is mended, the same '
@@ -338,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output.mkdir(parents=True, exist_ok=True)
         for number, (row, name, folder) in enumerate(runs, 1):
             what = f'run {number} of {len(runs)}: {row.name}, {name}'
-            if find_run(folder).final is not None:
+            if read_run(folder).final is not None:
                 print(f'{what}: finished before', flush=True)
                 continue
             print(f'{what} … {folder / LOG}', flush=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import shutil
 import sys
 import tempfile
 import warnings
@@ -36,15 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
 from config.flags import FlagParser
-from config.pretrained import (
-    Settings,
-    add_checkpoint_flags,
-    compare,
-    fold_if_equal,
-    load_chosen,
-    load_trained,
-    takes_image_size,
-)
+from config.pretrained import Settings, add_checkpoint_flags, compare, fold_if_equal, load_chosen, load_trained
 from pipeline.transforms import SMALL_IMAGE
 from reports.card import Origin, model_card
 from training import checkpoint as ckpt
@@ -114,14 +105,11 @@ def write_onnx(model: nn.Module, settings: Settings, path: Path, origin: Origin)
 
 
 def timm_config(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> None:
-    """Writes timm's config.json: architecture, arguments, classes, and the images that the model was trained on.
-
-    Raises:
-        InputError: if an argument of the model is nothing that JSON has.
-    """
+    """Writes timm's config.json: architecture, arguments, classes, and the images that the model was trained on."""
     small = settings.input_size <= SMALL_IMAGE  # evaluation resizes such images whole, whatever their shape
-    model.pretrained_cfg = {  # type: ignore[assignment]
-        **{name: value for name, value in dict(model.pretrained_cfg).items() if name not in CLAIMS},  # type: ignore[arg-type]
+    written: Any = model
+    written.pretrained_cfg = {
+        **{name: value for name, value in written.pretrained_cfg.items() if name not in CLAIMS},
         **origin.claims,
         'input_size': settings.shape,
         'interpolation': 'bicubic',
@@ -129,15 +117,9 @@ def timm_config(model: nn.Module, settings: Settings, path: Path, origin: Origin
         'crop_mode': 'squash' if small else 'center',
         'mean': settings.mean,
         'std': settings.std,
-        'num_classes': settings.kwargs.get('num_classes', model.num_classes),
     }
-    arguments = {name: value for name, value in settings.kwargs.items() if name != 'num_classes'}
-    if takes_image_size(model):
-        arguments['img_size'] = settings.input_size
-    try:
-        save_config_for_hf(model, str(path), model_config={'label_names': settings.classes}, model_args=arguments)
-    except (TypeError, ValueError) as err:
-        raise InputError(f"timm's config.json cannot hold the model's arguments: {one_line(err)}") from None
+    written._model_args.pop('model_cls', None)  # of an ablation, whose options are there too
+    save_config_for_hf(model, str(path), model_config={'label_names': settings.classes})
 
 
 def write_safetensors(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> Forward:
@@ -169,7 +151,7 @@ FORMATS: dict[str, Callable[[nn.Module, Settings, Path, Origin], Forward]] = {
     'timm': write_timm,
 }
 # Of the weights that the registry's entry is of, which are not these.
-CLAIMS = ('license', 'origin_url', 'paper_ids', 'paper_name', 'tag', 'notes')
+CLAIMS = ('license', 'origin_url', 'paper_ids', 'paper_name', 'tag', 'notes', 'test_input_size', 'test_crop_pct')
 ENDINGS = {'torch-export': '.pt2', 'onnx': '.onnx', 'safetensors': '.safetensors', 'timm': ''}
 TIMM_FILES = {'README.md', 'config.json', 'model.safetensors'}
 
@@ -180,36 +162,21 @@ def find_target(kind: str, given: Path) -> Path:
     Raises:
         UsageError: if the format cannot be written there.
     """
-    if ENDINGS[kind] and not given.name:
-        raise UsageError(f'--out {given} is a folder: --format {kind} writes a file')
-    others = {ending: name for name, ending in ENDINGS.items() if ending != ENDINGS[kind]} | {'.pth': 'a checkpoint'}
-    owner = others.get(given.suffix) if given.suffix else None
-    if owner:
-        hint = f'end it in {ENDINGS[kind]}, or in nothing' if ENDINGS[kind] else 'give the name of a folder'
+    ending = ENDINGS[kind]
+    owners = {**{end: name for name, end in ENDINGS.items() if end}, '.pth': 'a checkpoint'}
+    owner = owners.get(given.suffix, kind)
+    if owner != kind:
+        hint = f'end it in {ending}, or in nothing' if ending else 'give the name of a folder'
         raise UsageError(f'--out {given}: {given.suffix} is the ending of {owner}, not of {kind}: {hint}')
-    out = given if given.suffix == ENDINGS[kind] or not ENDINGS[kind] else given.with_name(given.name + ENDINGS[kind])
+    out = given if given.suffix == ending or given.is_dir() else Path(f'{given}{ending}')
     for place in (given, out):
-        if kind == 'timm' and place.exists() and not place.is_dir():
-            raise UsageError(f'--out {place} is a file: --format timm writes a folder')
-        if kind != 'timm' and place.is_dir():
-            raise UsageError(f'--out {place} is a folder: --format {kind} writes a file')
-        if kind != 'timm' and place.exists() and not place.is_file():
-            raise UsageError(f'--out {place} is neither a file nor a new name')
+        if place.exists() and not (place.is_file() if ending else place.is_dir()):
+            what = 'a folder' if place.is_dir() else 'a file' if place.is_file() else 'neither a file nor a new name'
+            raise UsageError(f'--out {place} is {what}: --format {kind} writes a {"file" if ending else "folder"}')
     strange = sorted(path.name for path in out.iterdir() if path.name not in TIMM_FILES) if out.is_dir() else []
     if strange:
         raise UsageError(f'--out {out} holds other files ({count(strange, "name")}): give a new folder')
     return out
-
-
-def put_in_place(made: Path, out: Path) -> None:
-    """Moves a file, or the files of a folder, each under its name when it is whole and on the disk."""
-    pairs = [(made, out)]
-    if made.is_dir():
-        out.mkdir(exist_ok=True)
-        pairs = [(path, out / path.name) for path in sorted(made.iterdir(), reverse=True)]  # the weights first
-    for source, target in pairs:
-        with open(source, 'rb') as data:
-            ckpt.write_file(target, lambda file, data=data: shutil.copyfileobj(data, file))  # type: ignore[misc]
 
 
 @torch.no_grad()
@@ -241,7 +208,11 @@ def export(
                 f'{settings.name} as {kind} gives other logits, by {difference:.2g} (the largest is {largest:.3g}): '
                 'nothing was written'
             )
-        put_in_place(made, out)
+        files = sorted(made.iterdir(), reverse=True) if made.is_dir() else [made]  # the weights first
+        if made.is_dir():
+            out.mkdir(exist_ok=True)
+        for file in files:
+            ckpt.write_bytes(out / file.name if made.is_dir() else out, file.read_bytes())
     return difference, largest
 
 

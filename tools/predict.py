@@ -7,6 +7,7 @@ inputs. Images that cannot be read are named on standard error and have no row.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -19,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from config.pretrained import Settings, add_checkpoint_flags, fold_if_equal, loa
 from engine import forward
 from pipeline.file_dataset import FileDataset
 from pipeline.files import note_left_out, walk
-from pipeline.images import ImageDataset, explain_error
+from pipeline.images import ImageDataset, decode, explain_error
 from pipeline.layouts import Split
 from pipeline.lmdb_dataset import ImageFolderLMDB
 from pipeline.loaders import LoaderOptions
@@ -92,13 +93,13 @@ class Counts:
 # Inputs
 
 
+@dataclass
 class PredictDataset(Dataset[Sample]):
     """The images of a data set as the model wants them, each under its name after a prefix."""
 
-    def __init__(self, images: ImageDataset, settings: Settings, prefix: str = '') -> None:
-        self.images = images
-        self.settings = settings
-        self.prefix = prefix
+    images: ImageDataset
+    settings: Settings
+    prefix: str = ''
 
     def __len__(self) -> int:
         return len(self.images)
@@ -106,7 +107,7 @@ class PredictDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         path = self.prefix + self.images.name(index)
         try:
-            return path, self.settings.prepare(self.images.raw(index))
+            return path, self.settings.transform(decode(self.images.raw(index), self.settings.reading))
         except (OSError, ValueError, MemoryError, InputError) as err:
             return path, explain_error(err)
 
@@ -193,23 +194,15 @@ def write_to(out: str | None, write: Callable[[IO[str]], None]) -> None:
 
     Names of files are the bytes in it that they are on the disk.
     """
-    if not out:
-        results = getattr(sys.stdout, 'stream', sys.stdout)  # which end with their reader, as messages do not
-        if isinstance(results, io.TextIOWrapper):
-            results.reconfigure(errors='surrogateescape')
-        write(results)
-        return
 
     def write_bytes(file: IO[bytes]) -> None:
-        text = io.TextIOWrapper(file, encoding='utf-8', errors='surrogateescape', newline='')
-        try:
-            write(text)
-            text.flush()
-        finally:
-            text.detach()  # or it would close the file
+        text: Any = codecs.getwriter('utf-8')(file, 'surrogateescape')
+        write(text)
 
-    path = Path(out)
-    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+    path = Path(out or '')
+    if not out:
+        write_bytes(getattr(sys.stdout, 'stream', sys.stdout).buffer)  # ends with its reader, as messages do not
+    elif path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
         with open(path, 'wb') as file:
             write_bytes(file)
     else:

@@ -264,8 +264,11 @@ def find_states(model: EViT, image: Tensor) -> dict[int, np.ndarray]:
     return result
 
 
-def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]]) -> Image.Image:
-    """A sheet: a column for each image (S, S, 3) in uint8, the image itself on top, then a row for each block."""
+def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]], patch: int) -> Image.Image:
+    """A sheet: a column for each image (S, S, 3) in uint8, the image itself on top, then a row for each block.
+
+    The state of a patch covers `patch` pixels in height and width; what is left of the image is in no patch.
+    """
     size = pictures[0].shape[0]
     rows = list(states[0])
     width = len(pictures) * (size + MARGIN) + MARGIN
@@ -280,7 +283,8 @@ def draw(pictures: Sequence[np.ndarray], states: Sequence[dict[int, np.ndarray]]
             label = 'image'
             if number is not None:
                 cells = state[number]
-                shade = np.kron(SHADES[cells], np.ones((size // len(cells), size // len(cells))))
+                shades = np.kron(SHADES[cells], np.ones((patch, patch)))
+                shade[: len(shades), : len(shades)] = shades
                 found = {name: int((cells == kind).sum()) for kind, name in enumerate(NAMES)}
                 label = f'block {number}: ' + ', '.join(f'{count} {name}' for name, count in found.items() if count)
             pen.text((left, top), label, fill='black')
@@ -303,7 +307,8 @@ def evit_mask(args: argparse.Namespace) -> Drawn:
     if not states[0]:
         raise UsageError('no block of this model drops tokens: give a --base_keep_rate below 1')
     said = f'{len(pictures)} images, blocks {", ".join(map(str, states[0]))}'
-    return lambda file: draw(pictures, states).save(file, 'PNG'), said
+    patch = model.patch_embed.patch_size[0]
+    return lambda file: draw(pictures, states, patch).save(file, 'PNG'), said
 
 
 def main(argv: Sequence[str] | None = None) -> None:

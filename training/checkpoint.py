@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import io
 import json
 import os
@@ -15,8 +16,8 @@ from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.parse import quote, urlsplit
+from urllib.request import Request, url2pathname, urlopen
 
 import safetensors.torch
 import torch
@@ -24,7 +25,6 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
-from training.download import cache_path, fetch
 from training.weights import stored_args
 from utils import InputError, log, one_line
 
@@ -35,6 +35,7 @@ PLAIN = (
     *('history', 'timings', 'left_out'),
 )  # what is printed, compared and written on, and never holds tensors
 MAX_VALUES, MAX_DEPTH, MAX_BITS = 2_000_000, 20, 64
+TIMEOUT = 30.0  # seconds without a byte of a download
 
 
 def _sync_folder(folder: Path) -> None:
@@ -140,7 +141,10 @@ def _download(url: str) -> bytes:
 
     One process of a machine at a time; the others find what the first has fetched.
     """
-    path = cache_path(url)
+    # The hub names its files by the URL's last part alone; two checkpoint.pth of different origin would be one.
+    name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlsplit(url).path).name}'
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={'User-Agent': 'dhvt'})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f'{path}.lock'):
@@ -149,7 +153,8 @@ def _download(url: str) -> bytes:
                     data = path.read_bytes()
                     from_bytes(data, path.name)
                     return data
-            data = fetch(url)
+            with urlopen(request, timeout=TIMEOUT) as answer:
+                data = answer.read()
             from_bytes(data, Path(urlsplit(url).path).name)
             write_bytes(path, data)
     except (OSError, HTTPException, ValueError, InputError) as err:
@@ -328,7 +333,8 @@ def load(source: str, *, newest: bool = False) -> dict[str, Any]:
 def to_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     """Weights as the bytes of a safetensors file, with what describes them as JSON in its metadata, under 'dhvt'."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    return safetensors.torch.save(tensors, {'format': 'pt', 'dhvt': json.dumps(metadata)})
+    text = json.dumps(metadata, default=str, skipkeys=True)  # other programs' arguments may be of any kind
+    return safetensors.torch.save(tensors, {'format': 'pt', 'dhvt': text})
 
 
 def export_metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,17 +166,14 @@ def _adapt_channels(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
     return result
 
 
-def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str, *, partial: bool = False) -> list[str]:
-    """Loads what fits and leaves the rest of the model as it is: for fine-tuning with another head.
+def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str, *, partial: bool = False) -> None:
+    """Loads what fits, says what that was, and leaves the rest of the model as it is: for fine-tuning.
 
     A position embedding of another image size is resampled, and RGB's weights become those of grey images, by timm's
     functions.
 
     Args:
         partial: also if that is less than half of the model's weights.
-
-    Returns:
-        Lines that say what was loaded, and what was not.
 
     Raises:
         InputError: if too little fits; the model is then untouched.
@@ -200,4 +197,5 @@ def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str, *
             '--allow-partial to start from so little'
         )
     model.load_state_dict(fitting, strict=False)
-    return [note] * bool(note) + [line]
+    for text in filter(None, (note, line)):
+        log(f'{source}: {text}')
