@@ -17,7 +17,7 @@ from utils import InputError
 
 def test_round_trip(tmp_path: Path) -> None:
     state = {'model': {'weight': torch.arange(3)}, 'epoch': 4, 'args': {'lr': 1e-3, 'model_kwargs': [('depth', 2)]}}
-    ckpt.save(tmp_path / 'a.pth', state)
+    ckpt.write_bytes(tmp_path / 'a.pth', ckpt.to_bytes(state))
     loaded = ckpt.load(str(tmp_path / 'a.pth'))
     assert loaded['epoch'] == 4 and torch.equal(loaded['model']['weight'], torch.arange(3))
     assert stored_args(loaded) == state['args']
@@ -26,7 +26,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / 'a.pth'
-    ckpt.save(path, {'epoch': 1})
+    torch.save({'epoch': 1}, path)
 
     def fail_half_way(file: object) -> None:
         file.write(b'half')  # type: ignore[attr-defined]
@@ -40,7 +40,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 
 def test_new_files_have_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / 'plain').write_text('')
-    ckpt.save(tmp_path / 'a.pth', {})
+    ckpt.write_bytes(tmp_path / 'a.pth', ckpt.to_bytes({}))
     assert (tmp_path / 'a.pth').stat().st_mode == (tmp_path / 'plain').stat().st_mode
 
 
@@ -81,7 +81,7 @@ def test_damaged_files(tmp_path: Path, content: bytes) -> None:
 
 
 def test_truncated_checkpoint(tmp_path: Path) -> None:
-    ckpt.save(tmp_path / 'a.pth', {'model': {'weight': torch.randn(1000)}})
+    torch.save({'model': {'weight': torch.randn(1000)}}, tmp_path / 'a.pth')
     content = (tmp_path / 'a.pth').read_bytes()
     (tmp_path / 'a.pth').write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match='is damaged'):
@@ -105,10 +105,10 @@ def test_urls(tmp_path: Path, web_folder: tuple[Path, str], monkeypatch: pytest.
     folder, url = web_folder
     for name, epoch in (('one', 1), ('two', 2)):
         (folder / name).mkdir()
-        ckpt.save(folder / name / 'checkpoint.pth', {'epoch': epoch})
+        torch.save({'epoch': epoch}, folder / name / 'checkpoint.pth')
     for name, epoch in (('one', 1), ('two', 2)):  # the same file name is not the same file
         assert ckpt.load(f'{url}/{name}/checkpoint.pth')['epoch'] == epoch
-    ckpt.save(folder / 'one' / 'checkpoint.pth', {'epoch': 5})
+    torch.save({'epoch': 5}, folder / 'one' / 'checkpoint.pth')
     assert ckpt.load(f'{url}/one/checkpoint.pth')['epoch'] == 1  # downloaded once
     assert ckpt.load((folder / 'one' / 'checkpoint.pth').as_uri())['epoch'] == 5  # a local file is read as it is
     with pytest.raises(InputError, match='cannot download'):

@@ -63,8 +63,8 @@ def make(name: str, folder: Path, *, input_size: int = 32, **further: Any) -> tu
         built.append(as_trained(model, seed).eval())
     args = {'model': name, 'input_size': input_size, 'model_kwargs': list(kwargs.items()), **evit}
     path = folder / f'{name}.pth'
-    ckpt.save(path, {'model': built[0].state_dict(), 'model_ema': built[1].state_dict(), 'args': args,
-                     'classes': CLASSES, 'epoch': 3, 'max_accuracy': 50.0})  # fmt: skip
+    torch.save({'model': built[0].state_dict(), 'model_ema': built[1].state_dict(), 'args': args,
+                     'classes': CLASSES, 'epoch': 3, 'max_accuracy': 50.0}, path)  # fmt: skip
     return str(path), built[0]
 
 
@@ -307,7 +307,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, capsys: pytest.
     for value in (float('nan'), float('inf')):
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         weights['head.bias'][1] = value
-        ckpt.save(Path(path), {**ckpt.load(path), 'model': weights})
+        torch.save({**ckpt.load(path), 'model': weights}, path)
         run(path, '--format', 'safetensors', '--out', tmp_path / 'x', expect=1)
         err = capsys.readouterr().err
         assert 'has NaN or infinite weights (1 tensor (head.bias))' in err and err.count('\n') == 1

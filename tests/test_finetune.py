@@ -63,7 +63,7 @@ def test_another_model_is_refused_unless_asked_for(
     assert 'too little to start from, loaded' in error and 'of the weights); new: ' in error and len(error) < 900
     assert main([*other, '--allow-partial'])['epoch'] == 0
     assert '--allow-partial needs --finetune' in fails([*DIGITS, '--allow-partial'], capsys)
-    ckpt.save(tmp_path / 'bare.pth', ckpt.load(str(trained))['model'])
+    torch.save(ckpt.load(str(trained))['model'], tmp_path / 'bare.pth')
     assert 'does not say which model it is of' in fails([*DIGITS, '--finetune', str(tmp_path / 'bare.pth')], capsys)
     assert main([*DIGITS, *WIDE, '--finetune', str(tmp_path / 'bare.pth')])['epoch'] == 0
 
@@ -76,7 +76,7 @@ def test_a_folder_of_another_run(trained: Path, tmp_path: Path, capsys: pytest.C
     assert 'is of a run that differs: --model was "dhvt_small_cifar_patch4", is "dhvt_tiny' in again
     assert 'OUTPUT=' in again and 'shape' not in again
     (tmp_path / 'moved').mkdir()
-    ckpt.save(tmp_path / 'moved' / 'a.pth', ckpt.load(str(trained)))
+    torch.save(ckpt.load(str(trained)), tmp_path / 'moved' / 'a.pth')
     first[first.index('--finetune') + 1] = str(tmp_path / 'moved' / 'a.pth')
     assert f'--finetune was "{trained}"' in fails(first, capsys)
     first[first.index('--finetune') + 1] = str(trained)
@@ -109,7 +109,7 @@ def test_weights_of_other_programs(
     name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = ckpt.load(str(trained))
-    ckpt.save(tmp_path / 'a.pth', changed(name, state))
+    torch.save(changed(name, state), tmp_path / 'a.pth')
     model, _, _ = load_trained(str(tmp_path / 'a.pth'))
     assert all(torch.equal(value, state['model'][key]) for key, value in model.state_dict().items())
     silent = name in ('state_dict', 'module.', '_orig_mod.')
@@ -193,7 +193,7 @@ def test_arguments_as_other_programs_write_them() -> None:
 def test_what_a_checkpoint_says_has_limits(change: dict[str, Any], message: str, trained: Path, tmp_path: Path) -> None:
     state = ckpt.load(str(trained))
     state['args'] = {**state['args'], **{name: value for name, value in change.items() if name != 'classes'}}
-    ckpt.save(tmp_path / 'a.pth', {**state, 'classes': change.get('classes', state['classes'])})
+    torch.save({**state, 'classes': change.get('classes', state['classes'])}, tmp_path / 'a.pth')
     with pytest.raises(InputError, match=message):
         load_trained(str(tmp_path / 'a.pth'))
 

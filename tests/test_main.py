@@ -142,7 +142,7 @@ def test_resume_goes_on_where_the_run_stopped(flags: list[str], tmp_path: Path) 
     main([*flags, '--epochs', '2', '--model-ema', '--model-ema-decay', '0.9', '--output_dir', str(tmp_path / 'half')])
     first = load(tmp_path / 'half' / 'checkpoint.pth')
     first['max_accuracy'] = 99.5
-    ckpt.save(tmp_path / 'half' / 'checkpoint.pth', first)
+    torch.save(first, tmp_path / 'half' / 'checkpoint.pth')
     more = ['--resume', str(tmp_path / 'half' / 'checkpoint.pth'), '--force-resume']
     main([*common, '--output_dir', str(tmp_path / 'a'), *more])
     assert [line['epoch'] for line in log_lines(tmp_path / 'a')] == [0, 1, 2, 3]
@@ -337,7 +337,7 @@ def test_foreign_checkpoints(flags: list[str], tmp_path: Path, capsys: pytest.Ca
 
 def test_weights_alone_cannot_be_resumed(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*flags, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
-    ckpt.save(tmp_path / 'weights.pth', {'model': load(tmp_path / 'out' / 'checkpoint.pth')['model']})
+    torch.save({'model': load(tmp_path / 'out' / 'checkpoint.pth')['model']}, tmp_path / 'weights.pth')
     capsys.readouterr()
     code, error = fails([*flags, '--resume', str(tmp_path / 'weights.pth')], capsys)
     assert code == 1 and 'has no optimizer, lr_scheduler, epoch' in error
@@ -394,7 +394,7 @@ def test_damaged_state_of_a_run(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
 ) -> None:
     main([*flags, '--epochs', '1', '--output_dir', str(tmp_path / 'out')])
-    ckpt.save(tmp_path / 'bad.pth', {**load(tmp_path / 'out' / 'checkpoint.pth'), **change})
+    torch.save({**load(tmp_path / 'out' / 'checkpoint.pth'), **change}, tmp_path / 'bad.pth')
     capsys.readouterr()
     code, error = fails([*flags, '--resume', str(tmp_path / 'bad.pth')], capsys)
     assert code == 1 and str(tmp_path / 'bad.pth') in error
@@ -449,7 +449,7 @@ def test_diverging_run_keeps_its_checkpoint(
     resume = [*flags, '--epochs', '3', '--force-resume', '--output_dir', str(tmp_path / 'out')]
     state = load(path)
     state['model']['head.bias'][0] = float('nan')
-    ckpt.save(tmp_path / 'out' / 'nan.pth', state)
+    torch.save(state, tmp_path / 'out' / 'nan.pth')
     capsys.readouterr()
     code, error = fails([*resume, '--resume', str(tmp_path / 'out' / 'nan.pth')], capsys)
     assert code == 1 and 'the loss is nan at epoch 1, step 0 of 3, with learning rate' in error

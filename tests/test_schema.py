@@ -125,7 +125,7 @@ def test_tensors_of_other_kinds_are_refused_from_files(wrong: Any, trained: Path
     state = ckpt.load(str(trained / 'checkpoint.pth'))
     name = 'blocks.0.mlp.bn1.weight'
     for key in ('model', 'model_ema'):
-        ckpt.save(tmp_path / 'a.pth', {**state, key: {**state[key], name: wrong}})
+        torch.save({**state, key: {**state[key], name: wrong}}, tmp_path / 'a.pth')
         with pytest.raises(InputError):
             load_trained(str(tmp_path / 'a.pth'), ema=key == 'model_ema')
 

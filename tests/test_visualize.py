@@ -19,7 +19,6 @@ from config.pretrained import load_trained
 from models.ablations import create_model
 from tools import visualize
 from tools.visualize import choose_blocks, get_activations
-from training import checkpoint as ckpt
 
 SMALL = {'embed_dim': 32, 'depth': 4, 'num_heads': 2, 'img_size': 16, 'num_classes': 7}
 PLAIN_ATTENTION = {'attention': 'plain'}
@@ -134,7 +133,7 @@ def save(path: Path, name: str, size: int = 16, classes: list[str] | None = None
     model = create_model(name, **{**SMALL, 'img_size': size, **kwargs})
     settings = [(key, value) for key, value in {**SMALL, **kwargs}.items() if key not in ('img_size', 'num_classes')]
     args = {'model': name, 'input_size': size, 'model_kwargs': settings}
-    ckpt.save(path, {'model': model.state_dict(), 'args': args, 'classes': classes})
+    torch.save({'model': model.state_dict(), 'args': args, 'classes': classes}, path)
     return str(path)
 
 
@@ -163,16 +162,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
     positions = save(tmp_path / 'positions.pth', 'dhvt_tiny_cifar_patch4', pos_embed='learn')
     resnet = tmp_path / 'resnet.pth'
-    ckpt.save(resnet, {'model': timm.create_model('resnet10t', num_classes=7).state_dict(),
-                       'args': {'model': 'resnet10t', 'input_size': 32}})  # fmt: skip
+    torch.save({'model': timm.create_model('resnet10t', num_classes=7).state_dict(),
+                       'args': {'model': 'resnet10t', 'input_size': 32}}, resnet)  # fmt: skip
     pooled = save(tmp_path / 'pooled.pth', 'vit_tiny_patch16_224', class_token=False, global_pool='avg')
     nameless = tmp_path / 'nameless.pth'
-    ckpt.save(nameless, {'model': {'x': torch.zeros(1)}})
+    torch.save({'model': {'x': torch.zeros(1)}}, nameless)
     evit = tmp_path / 'evit.pth'
     name = 'deit_tiny_patch16_shrink_base'
-    ckpt.save(
-        evit, {'model': timm.create_model(name, img_size=32).state_dict(), 'args': {'model': name, 'input_size': 32}}
-    )
+    weights = timm.create_model(name, img_size=32).state_dict()
+    torch.save({'model': weights, 'args': {'model': name, 'input_size': 32}}, evit)
     for argv, message, code in (
         ([dhvt, names[0], '--layers', '4'], '--layers 4: the model has layers 0 to 3', 2),
         ([dhvt, names[0], '--size', '18', '16'], 'needs multiples of its patch size, 4', 2),

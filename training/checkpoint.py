@@ -109,11 +109,6 @@ def to_bytes(checkpoint: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def save(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Writes a checkpoint of tensors and plain Python values to `path`."""
-    write_bytes(path, to_bytes(checkpoint))
-
-
 def _is_safetensors(data: bytes) -> bool:
     """Whether a file begins as those of safetensors do, whatever its name: with a length in 8 bytes, then JSON."""
     return data[8:9] == b'{'
