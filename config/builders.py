@@ -94,6 +94,8 @@ def build_criterion(
             trained, size, own = trained_teacher(name, args.teacher_path, splits.num_classes, splits.val.classes)
         else:
             trained, size, own = pretrained_teacher(name, args.input_size, splits.num_classes)
+    if len(own['mean']) != args.in_chans:
+        raise UsageError(f'--teacher-model {name} takes images of {len(own["mean"])} channels, not of {args.in_chans}')
     mean, std = normalization(args.in_chans)
     teacher = Teacher(trained, input_size=size, mean=own['mean'], std=own['std'], student_mean=mean, student_std=std)
     check_output(teacher, flag='--teacher-model', name=name, in_chans=args.in_chans, **sizes)

@@ -54,8 +54,9 @@ class Listing:
         self.root = root
         self._found: dict[str, dict[str, str]] = {}
 
-    def _folder(self, folder: str) -> dict[str, str]:
-        """What special kind each name in a folder is of."""
+    def kind(self, path: str) -> str | None:
+        """What special kind stands there, '' for a file; None where nothing does."""
+        folder, _, name = path.rpartition('/')
         if folder not in self._found:
             try:
                 self._found[folder] = {entry.name: _kind(entry) for entry in os.scandir(self.root / folder)}
@@ -63,16 +64,7 @@ class Listing:
                 if isinstance(err, OSError) and err.errno not in ABSENT:
                     raise
                 self._found[folder] = {}
-        return self._found[folder]
-
-    def __contains__(self, path: str) -> bool:
-        folder, _, name = path.rpartition('/')
-        return name in self._folder(folder)
-
-    def special_kind(self, path: str) -> str:
-        """What stands there in a file's place; '' for a file."""
-        folder, _, name = path.rpartition('/')
-        return self._folder(folder).get(name, '')
+        return self._found[folder].get(name)
 
 
 class Found(NamedTuple):

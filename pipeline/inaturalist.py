@@ -53,7 +53,8 @@ def _on_disk(path: str, listing: Listing) -> str:
     """`train_val2018/Plantae/7477/a.jpg`, or without its super-category if it lies so."""
     top, *folders = path.split('/')
     shorter = '/'.join([top, *folders[1:]])
-    return shorter if len(folders) == 3 and path not in listing and shorter in listing else path
+    lies_so = len(folders) == 3 and listing.kind(path) is None and listing.kind(shorter) is not None
+    return shorter if lies_so else path
 
 
 def _read_json(path: Path) -> Any:

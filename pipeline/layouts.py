@@ -76,11 +76,13 @@ def _lines(path: Path) -> list[str]:
 
 def _find_splits(root: Path) -> tuple[dict[str, str], list[str]]:
     """The names of the folders of train, val and test, whose case does not matter, and of others that could be val."""
-    names = {name.lower(): name for name in _folders(root)} if root.is_dir() else {}
+    folders = _folders(root) if root.is_dir() else []
+    names = {name.lower(): name for name in folders}  # of `Train` and `train` the latter
     found = [name for name in VAL_NAMES if name in names]
     places = {'train': 'train', 'val': found[0] if found else '', 'test': 'test' if found[:-1] else ''}
     splits = {split: names[name] for split, name in places.items() if name in names}
-    return splits, [names[name] for name in found[1:] if name != 'test']
+    again = [name for name in folders if name.lower() in ('train', *VAL_NAMES) and name != names[name.lower()]]
+    return splits, [names[name] for name in found[1:] if name != 'test'] + again
 
 
 def has_folders(root: Path, *, train: bool) -> bool:
@@ -312,11 +314,12 @@ def present_rows(listing: Listing, rows: list[tuple[str, T]], *, source: Path, n
     Raises:
         InputError: if nothing is there for some, or no row is left.
     """
-    absent = [path for path, _ in rows if path not in listing]
+    kinds = [listing.kind(path) for path, _ in rows]
+    absent = [path for (path, _), kind in zip(rows, kinds, strict=True) if kind is None]
     if absent:
         where = listing.root
         raise InputError(f'{len(absent)} of the {len(rows)} images in {source} are not in {where}: {shorten(absent)}')
-    special = {path: kind for path, _ in rows if (kind := listing.special_kind(path))}
+    special = {path: kind for (path, _), kind in zip(rows, kinds, strict=True) if kind}
     notes += note_special(source, [f'{path} ({kind})' for path, kind in special.items()])
     if rows and len(rows) == len(special):
         raise InputError(f'{source} names nothing that is an image file')

@@ -344,6 +344,8 @@ def test_distillation_errors(teacher: str, tmp_path: Path, capsys: pytest.Captur
     expect_error(capsys, [*DIGITS, *STUDENT, *deit, teacher], '--teacher-model needs --distillation-type', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, *deit, str(tmp_path / 'absent.pth')], 'no such checkpoint', 1)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, '--teacher-path', teacher], 'not of regnety_160: give that name', 1)
+    grey = [*DIGITS, *STUDENT, '--in-chans', '1']
+    expect_error(capsys, [*grey, *hard, *deit, teacher], 'takes images of 3 channels, not of 1', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, '--teacher-model', 'nothing'], 'no such model', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, '--distillation-tau', '2'], 'is for --distillation-type soft', 2)
     expect_error(capsys, [*DIGITS, *STUDENT, *hard, *deit, teacher, '--no-train-mode'], 'add --train-mode', 2)

@@ -12,6 +12,7 @@ from torch.utils.data import DistributedSampler
 
 from samplers import Draw, RASampler, TrainBatches
 from tests import golden
+from training.state import TrainingProgress
 
 
 @pytest.mark.parametrize('case', golden.RASAMPLER)
@@ -97,6 +98,11 @@ def test_an_epoch_goes_on_with_other_processes(replicas: int, batch: int, even: 
         assert min(sizes) > 0 and max(sizes) <= batch
         if even:
             assert all(size % 2 == 0 for size in sizes)
+
+
+def test_draws_that_are_left_out_twice_count_once() -> None:
+    progress = TrainingProgress(epoch=1, left_out=[(1, 32, 64), (1, 0, 77), (0, 0, 500)])
+    assert progress.skipped_draws() == set(range(77))
 
 
 def test_stretches_are_left_out() -> None:

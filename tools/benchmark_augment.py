@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = find_device(args.device)
         torch.set_num_threads(1)
         seed_all(args.seed)
-        policy = args.aa if args.aa not in ('', 'none') else None
+        policy = args.aa if args.aa.lower() not in ('', 'none') else None
         settings = Augmentation(input_size=args.input_size, auto_augment=policy)
         BatchedAugment(settings, seed=args.seed)  # refuses what it does not cover, before anything is compared
         wanted = max(args.images, args.batch_size)

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,17 +60,7 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def read_bytes(path: str) -> bytes:
-    with open(path, 'rb') as file:
-        return file.read()
-
-
-_item: Callable[[int], Any]  # what a process measures; not every one can be sent there later
-
-
-def _take(item: Callable[[int], Any]) -> None:
-    global _item
-    _item = item
+_item: Callable[[int], Any]  # what the forked processes measure; not every one can be sent there
 
 
 def _seconds(numbers: list[int]) -> float:
@@ -85,19 +73,15 @@ def _seconds(numbers: list[int]) -> float:
 
 def rate(item: Callable[[int], Any], images: int, processes: int) -> float:
     """Images per second of a function that gets one by its number, over all processes."""
+    global _item
+    _item = item
     order = np.random.default_rng(0).permutation(images)
     shares = [order[number::processes].tolist() for number in range(processes)]
     try:
-        with ProcessPoolExecutor(processes, CONTEXT, initializer=_take, initargs=(item,)) as pool:
+        with ProcessPoolExecutor(processes, CONTEXT) as pool:
             return images / max(pool.map(_seconds, shares))
     except Exception as err:  # whatever reading leads to, or a process that is gone
         raise InputError(f'an image cannot be read: {one_line(err)}') from None
-
-
-def write_quietly(files: FileDataset, path: Path, *, max_size: int | None = None) -> None:
-    """Writes an LMDB file without a progress bar."""
-    with open(os.devnull, 'w') as null, redirect_stderr(null):
-        write_lmdb(files, path, data_set='FOLDER', max_size=max_size, workers=2)
 
 
 def speed(folder: Path, input_size: int, images: int | None, rounds: int, workers: Sequence[int]) -> None:
@@ -123,7 +107,7 @@ def speed(folder: Path, input_size: int, images: int | None, rounds: int, worker
         stores = []
         for max_size in (None, smaller):
             path = Path(temporary, f'{max_size}.lmdb')
-            write_quietly(files, path, max_size=max_size)
+            write_lmdb(files, path, data_set='FOLDER', max_size=max_size, workers=2)
             stores.append(ImageFolderLMDB(path))
 
         def from_folder(loader: Callable[[str], Any], transform: Transform | None) -> Callable[[int], Any]:
@@ -138,7 +122,11 @@ def speed(folder: Path, input_size: int, images: int | None, rounds: int, worker
             return [dataset.__getitem__ for dataset in found]
 
         ways: dict[str, tuple[Callable[[int], Any], ...]] = {  # by names; LMDB's bytes as the decoder reads them
-            'raw bytes': (from_folder(read_bytes, None), files.raw, *(store._raw for store in stores)),
+            'raw bytes': (
+                from_folder(lambda path: Path(path).read_bytes(), None),
+                files.raw,
+                *(store._raw for store in stores),
+            ),
             'decoded': (from_folder(default_loader, None), *ours(None)),
             "decoded, cropped; ImageFolder: timm's whole transform": (from_folder(default_loader, whole), *ours(crop)),
             f'training transform, {input_size} px': (from_folder(default_loader, whole), *ours(whole)),
@@ -181,7 +169,7 @@ def in_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def write_synthetic(folder: Path, images: int, path: Path) -> None:
-    write_quietly(synthetic_files(folder, images), path)
+    write_lmdb(synthetic_files(folder, images), path, data_set='FOLDER', workers=2)
 
 
 def read_at_random(make: Callable[[], Any]) -> list[tuple[float, float, float]]:

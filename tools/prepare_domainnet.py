@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
 from config.flags import FlagParser
-from pipeline.files import Listing
 from pipeline.layouts import CLASSES_FILE, Lists, read_lists
 from training.checkpoint import remove_temporary, write_bytes
 from training.lock import writing_to
@@ -104,7 +103,6 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
     if folder.resolve() == (root / domain).resolve():
         raise InputError(f'{folder} holds the images by class, and DomainNet has a class "train": choose another OUT')
     rows, classes = read_lists(lists)
-    listing = Listing(root)
     members = set(archive.namelist()) if archive is not None else set()
     listed = [
         (name, folder / split / PurePosixPath(name).parent.name / PurePosixPath(name).name)
@@ -115,7 +113,7 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
     if len(times) < len(listed):
         again = [str(target) for target in times if times[target] > 1]
         raise InputError(f'{lists.train} and {lists.val.name} name {count(again, "file")} more than once')
-    here = {name for name, _ in listed if name in listing and (root / name).is_file()}  # no folders or broken links
+    here = {name for name, _ in listed if (root / name).is_file()}  # no folders or broken links
     absent = [name for name, target in listed if name not in here and name not in members and not target.is_file()]
     if absent:
         print('\n'.join(f'missing: {name}' for name in absent))

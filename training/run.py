@@ -185,13 +185,15 @@ class Run:
         first, number = err.step['batch'], err.step['batches_in_step']
         begin, end = self.batches.batch_range(first)[0], self.batches.batch_range(first + number - 1)[1]
         left_out = [*self.progress.left_out, (self.progress.epoch, begin, end)]
+        known = len(self.progress.skipped_draws())
         found = broadcast_object(self.output.newest())
         if found is None:
             raise err
         source, data = found
         self.progress = load_state(self.state, ckpt.from_bytes(data, source), source)
         self.progress.left_out = left_out
-        log(f'Warning: {err}{where}. Back to {source}; the {end - begin} samples of that step are left out')
+        samples = len(self.progress.skipped_draws()) - known
+        log(f'Warning: {err}{where}. Back to {source}; the {samples} samples of that step are left out')
 
     def train(self) -> dict[str, Any]:
         """Runs the epochs that are left; returns the last line of the log.
@@ -332,7 +334,7 @@ class Run:
             line['keep_rate'] = progress.keep_rate
         timing = {
             'epoch': epoch,
-            'train_images': (progress.num_draws or 0) - sum(end - begin for begin, end in progress.skipped_ranges()),
+            'train_images': (progress.num_draws or 0) - len(progress.skipped_draws()),
             'train_seconds': round(progress.sums.seconds, 3),
             'data_seconds': round(progress.sums.data_seconds, 3),
             'step_seconds': round(progress.sums.seconds / (progress.sums.norms + progress.sums.skipped), 6),

@@ -60,6 +60,10 @@ class TrainingProgress:
         self.batch = self.done = 0
         self.num_draws, self.sums = None, EpochSums()
 
+    def skipped_draws(self) -> set[int]:
+        """The draws of this epoch that are left out, of ranges that may lie in one another."""
+        return {draw for begin, end in self.skipped_ranges() for draw in range(begin, end)}
+
     def skipped_ranges(self) -> list[tuple[int, int]]:
         """What is left out of this epoch."""
         return [(begin, end) for epoch, begin, end in self.left_out if epoch == self.epoch]
