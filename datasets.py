@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -170,17 +170,17 @@ def _find_layout(source: DataSource, *, train: bool) -> Layout:
     return layout
 
 
-def _open_lmdb(source: DataSource, on_bad_image: Mapping[str, str]) -> tuple[dict[str, ImageDataset], list[str]]:
+def _open_lmdb(source: DataSource, wanted: Sequence[str]) -> tuple[dict[str, ImageDataset], list[str]]:
     """The LMDB files of the splits that are wanted, if they hold the data set of this name; test.lmdb may be absent."""
     name, root = source.name, Path(source.path)
     folder = root / name if (root / name / 'val.lmdb').exists() and not (root / 'val.lmdb').exists() else root
     opened: dict[str, ImageDataset] = {}
     notes: list[str] = []
-    for split, treatment in on_bad_image.items():
+    for split in wanted:
         path = folder / f'{split}.lmdb'
         if split == 'test' and not path.exists():
             continue
-        dataset = ImageFolderLMDB(path, verify=source.verify, on_bad_image=treatment)
+        dataset = ImageFolderLMDB(path, verify=source.verify)
         if 'FOLDER' not in (name, dataset.data_set) and dataset.data_set != name:
             raise InputError(f'{path} holds {dataset.data_set}, not {name}')
         if source.inat_category not in (None, dataset.inat_category):
@@ -193,13 +193,9 @@ def _open_lmdb(source: DataSource, on_bad_image: Mapping[str, str]) -> tuple[dic
     return opened, notes
 
 
-def _open_splits(
-    source: DataSource, *, train: bool, skip_bad_images: bool
-) -> tuple[dict[str, ImageDataset], list[str]]:
+def _open_splits(source: DataSource, *, train: bool) -> tuple[dict[str, ImageDataset], list[str]]:
     """The splits as they lie there, by their names 'train', 'val' and 'test', and notes."""
-    in_train, in_val = ('next', 'leave out') if skip_bad_images else ('stop', 'stop')
-    wanted = {'train': in_train} if train else {}
-    wanted.update(val=in_val, test=in_val)
+    wanted = ('train', 'val', 'test') if train else ('val', 'test')
     if source.use_lmdb:
         return _open_lmdb(source, wanted)
     root = Path(source.path)
@@ -212,9 +208,7 @@ def _open_splits(
         name = source.name.partition('/')[2]
         return open_hugging_face(name, root, wanted, download=source.download), []
     layout = _find_layout(source, train=train)
-    return {
-        split: FileDataset(files, layout.classes, on_bad_image=wanted[split]) for split, files in layout.splits.items()
-    }, layout.notes
+    return {split: FileDataset(files, layout.classes) for split, files in layout.splits.items()}, layout.notes
 
 
 def _use_known_classes(source: DataSource, datasets: Sequence[ImageDataset], known: Sequence[str]) -> list[str]:
@@ -256,7 +250,7 @@ def build_datasets(
         InputError: if the data is missing or has more classes than the head.
     """
     info = find_info(source.name)
-    opened, notes = _open_splits(source, train=train, skip_bad_images=skip_bad_images)
+    opened, notes = _open_splits(source, train=train)
     for split, published in zip(('train', 'val'), info.images or (), strict=False):
         if split in opened and len(opened[split]) != published:
             notes.append(f'{source}: {len(opened[split])} {split} images, {source.name} is published with {published}')
@@ -273,7 +267,7 @@ def build_datasets(
             notes.append(
                 f'{source}: the {len(val_split)} images that would validate are not used, as others are held out'
             )
-        val_split = train_split.subset(held, on_bad_image=val_split.on_bad_image)
+        val_split = train_split.subset(held)
         train_split.select(kept)
         notes.append(f'{len(held)} of {len(kept) + len(held)} training images are held out and choose the best '
                      f'checkpoint; the {len(test_split)} test images are evaluated by it, at the end')  # fmt: skip
@@ -289,6 +283,9 @@ def build_datasets(
     if known_classes is not None:
         used = [split for split in (val_split, train_split, test_split) if split is not None]
         notes += _use_known_classes(source, used, known_classes)
+    for part, how in ((train_split, 'next'), (val_split, 'leave out'), (test_split, 'leave out')):
+        if skip_bad_images and part is not None:
+            part.treat_bad_images(how)
     classes = val_split.classes
     head = num_classes or info.num_classes or len(classes)
     if len(classes) > head:

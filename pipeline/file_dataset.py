@@ -19,10 +19,10 @@ from pipeline.layouts import Split
 class FileDataset(ImageDataset):
     """Images that are files below a folder."""
 
-    def __init__(self, split: Split, classes: Sequence[str], *, on_bad_image: str = 'stop') -> None:
+    def __init__(self, split: Split, classes: Sequence[str]) -> None:
         self.root = str(split.root)
         self._paths = pack_names(split.paths)
-        super().__init__(split.targets, classes, on_bad_image=on_bad_image)
+        super().__init__(split.targets, classes)
 
     def _name(self, position: int) -> str:
         return os.fsdecode(self._paths[position])
@@ -74,9 +74,9 @@ class ItemDataset(ImageDataset):
         labels: class indices, (n,).
     """
 
-    def __init__(self, items: Any, labels: np.ndarray, classes: Sequence[str], *, on_bad_image: str = 'stop') -> None:
+    def __init__(self, items: Any, labels: np.ndarray, classes: Sequence[str]) -> None:
         self.items = items
-        super().__init__(labels, classes, on_bad_image=on_bad_image)
+        super().__init__(labels, classes)
 
     def _name(self, position: int) -> str:
         return f'{self.classes[self._labels[position]]}/{position:06d}.png'

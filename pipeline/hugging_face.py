@@ -62,18 +62,11 @@ class ArrowDataset(ImageDataset):
     """
 
     def __init__(
-        self,
-        files: Sequence[str],
-        column: str,
-        labels: np.ndarray,
-        classes: Sequence[str],
-        name: str,
-        *,
-        on_bad_image: str = 'stop',
+        self, files: Sequence[str], column: str, labels: np.ndarray, classes: Sequence[str], name: str
     ) -> None:
         self._files, self._column, self._called = files, column, name
         self._images: pa.ChunkedArray | None = None
-        super().__init__(labels, classes, on_bad_image=on_bad_image)
+        super().__init__(labels, classes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_images': None}
@@ -92,7 +85,7 @@ class ArrowDataset(ImageDataset):
 
 
 def open_hugging_face(
-    name: str, root: Path, on_bad_image: Mapping[str, str], *, download: bool = True
+    name: str, root: Path, wanted: Sequence[str], *, download: bool = True
 ) -> dict[str, ImageDataset]:
     """The splits of a data set of the Hugging Face Hub, or of a folder that its package reads, by timm's reader.
 
@@ -101,7 +94,7 @@ def open_hugging_face(
     Args:
         name: on the Hub, or a folder's path.
         root: where the package puts its files.
-        on_bad_image: see `ImageDataset`; of each split that is wanted.
+        wanted: the splits, some of 'train', 'val' and 'test'.
         download: whether it may; what was prepared before is used in any case.
 
     Raises:
@@ -118,7 +111,7 @@ def open_hugging_face(
             features, splits = builder.info.features, builder.info.splits
             image = _find_column(features, 'image', package.Image)
             label = 'label' if 'label' in features else _find_column(features, 'label', package.ClassLabel)
-            names = {split: next((own for own in SPLIT_NAMES[split] if own in splits), '') for split in on_bad_image}
+            names = {split: next((own for own in SPLIT_NAMES[split] if own in splits), '') for split in wanted}
             readers = {
                 split: create_reader(source, root=str(root), split=own, input_key=image, target_key=label)
                 for split, own in names.items()
@@ -132,8 +125,8 @@ def open_hugging_face(
     for split, of_images in labels.items():
         files = [file['filename'] for file in readers[split].dataset.cache_files]
         called = f'{Path(name).name}/{names[split]}'
-        opened[split] = ArrowDataset(files, image, of_images, classes, called, on_bad_image=on_bad_image[split])
-    return check_splits(opened, on_bad_image, source)
+        opened[split] = ArrowDataset(files, image, of_images, classes, called)
+    return check_splits(opened, wanted, source)
 
 
 def _find_column(features: Mapping[str, Any], name: str, kind: type) -> str:

@@ -173,28 +173,30 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         labels: the class index at each position, (n,).
         classes: class names in the order of their indices.
         transform: from an image to what the loader collates.
-        on_bad_image: 'stop'; 'next', which gives the next good image in a bad one's place; or 'leave out', which gives
-            a black image with class index -1, for evaluation to leave out of its counts.
     """
 
     remedy = 'replace or remove it'
     reading = AS_STORED  # how files become images; to be set before the loaders are made
 
     def __init__(
-        self,
-        labels: np.ndarray | Sequence[int],
-        classes: Sequence[str],
-        transform: Transform | None = None,
-        *,
-        on_bad_image: str = 'stop',
+        self, labels: np.ndarray | Sequence[int], classes: Sequence[str], transform: Transform | None = None
     ) -> None:
         self._labels = np.array(labels, dtype=np.int64)
         self.classes = list(classes)
         self.transform = transform
-        self.on_bad_image = on_bad_image
         self._positions: range | np.ndarray = range(len(self._labels))  # of the images that are selected
+        self.treat_bad_images('stop')
+
+    def treat_bad_images(self, how: str) -> None:
+        """What becomes of images that cannot be decoded; to be set before the loaders are made.
+
+        Args:
+            how: 'stop'; 'next', which gives the next good image in a bad one's place; or 'leave out', which gives a
+                black image with class index -1, for evaluation to leave out of its counts.
+        """
+        self.on_bad_image = how
         # One byte an image, shared by the loader processes: 1 for bad ones.
-        self._bad = torch.zeros(len(self) if on_bad_image != 'stop' else 0, dtype=torch.uint8).share_memory_()
+        self._bad = torch.zeros(len(self._labels) if how != 'stop' else 0, dtype=torch.uint8).share_memory_()
         self._logged = self._bad.clone()
 
     @abstractmethod
@@ -293,13 +295,10 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """Keeps these of the images, in this order."""
         self._positions = np.asarray(self._positions)[indices]
 
-    def subset(self, indices: np.ndarray, *, on_bad_image: str) -> ImageDataset:
+    def subset(self, indices: np.ndarray) -> ImageDataset:
         """These of the images as a data set of their own, which reads them from the same place."""
         subset = copy.copy(self)
         subset.select(indices)
-        subset.on_bad_image = on_bad_image
-        subset._bad = torch.zeros_like(self._bad).share_memory_()
-        subset._logged = subset._bad.clone()
         return subset
 
     def __len__(self) -> int:

@@ -185,7 +185,7 @@ class ImageFolderLMDB(ImageDataset):
     process holds nothing of it but the labels and the pages that it reads.
 
     Args:
-        transform, on_bad_image: see `ImageDataset`.
+        transform: see `ImageDataset`.
         verify: compare each record that is read with its checksum.
 
     Raises:
@@ -194,9 +194,7 @@ class ImageFolderLMDB(ImageDataset):
 
     remedy = REBUILD
 
-    def __init__(
-        self, path: str | Path, transform: Transform | None = None, *, on_bad_image: str = 'stop', verify: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, transform: Transform | None = None, *, verify: bool = False) -> None:
         self.file = Path(path).absolute()
         self.verify = verify
         self._store: _Store | None = None
@@ -205,7 +203,7 @@ class ImageFolderLMDB(ImageDataset):
         self.data_set: str = store.header['data_set']
         self.inat_category: str | None = store.header['inat_category']
         self.max_size: int | None = store.header['max_size']
-        super().__init__(store.labels, store.classes, transform, on_bad_image=on_bad_image)
+        super().__init__(store.labels, store.classes, transform)
 
     def _open(self) -> _Store:
         """This process's store of the file, of which LMDB allows one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,13 @@ def load_digits(*, train: bool, transform: Transform | None = None) -> ArrayData
 # torchvision
 
 
-def open_torch(
-    name: str, root: Path, on_bad_image: Mapping[str, str], *, download: bool = True
-) -> dict[str, ImageDataset]:
+def open_torch(name: str, root: Path, wanted: Sequence[str], *, download: bool = True) -> dict[str, ImageDataset]:
     """The splits of a data set of torchvision, which checks its files; what is absent or altered is downloaded.
 
     Args:
         name: the class's, such as 'Flowers102'.
         root: where its files are put.
-        on_bad_image: see `ImageDataset`; of each split that is wanted.
+        wanted: the splits, some of 'train', 'val' and 'test'.
         download: whether it may.
 
     Raises:
@@ -94,7 +92,7 @@ def open_torch(
     try:
         if download:
             root.mkdir(parents=True, exist_ok=True)
-        found = {split: _open_split(cls, root, split, download=download) for split in on_bad_image}
+        found = {split: _open_split(cls, root, split, download=download) for split in wanted}
         sources = {split: source for split, source in found.items() if source is not None}
         labels = {split: _labels(source) for split, source in sources.items()}
     except ModuleNotFoundError as err:
@@ -105,8 +103,8 @@ def open_torch(
         raise InputError(f'cannot get {name} into {root}: {one_line(err)}{hint}') from None
     names = next((source.classes for source in sources.values() if hasattr(source, 'classes')), ())
     classes = check_labels(labels, names, name)
-    opened = {split: _convert(sources[split], labels[split], classes, root, on_bad_image[split]) for split in labels}
-    return check_splits(opened, on_bad_image, name)
+    opened = {split: _convert(sources[split], labels[split], classes, root) for split in labels}
+    return check_splits(opened, wanted, name)
 
 
 def _open_split(cls: Any, root: Path, split: str, *, download: bool) -> Any:
@@ -139,18 +137,18 @@ def _labels(source: Any) -> np.ndarray:
     return np.array([rows[index][1] for index in range(len(source))])
 
 
-def _convert(source: Any, labels: np.ndarray, classes: list[str], root: Path, on_bad_image: str) -> ImageDataset:
+def _convert(source: Any, labels: np.ndarray, classes: list[str], root: Path) -> ImageDataset:
     """One of torchvision's data sets as one of files if it names them, or of arrays if it holds them."""
     for name in ('_image_files', '_images', 'samples', '_samples', 'imgs'):
         found = [row[0] if isinstance(row, tuple) else row for row in getattr(source, name, ())]
         if len(found) == len(source) and all(isinstance(path, (str, Path)) for path in found):
             paths = [Path(os.path.relpath(path, root)).as_posix() for path in found]
-            return FileDataset(Split(root, paths, labels.tolist()), classes, on_bad_image=on_bad_image)
+            return FileDataset(Split(root, paths, labels.tolist()), classes)
     pixels = np.asarray(getattr(source, 'data', ()))
     if pixels.dtype == np.uint8 and pixels.ndim in (3, 4) and len(pixels) == len(source):
         channels_first = pixels.ndim == 4 and pixels.shape[3] != 3
         return ArrayDataset(pixels.transpose(0, 2, 3, 1) if channels_first else pixels, labels.tolist(), classes)
-    return ItemDataset(source, labels, classes, on_bad_image=on_bad_image)
+    return ItemDataset(source, labels, classes)
 
 
 # What both have in common

@@ -244,7 +244,7 @@ class Shapes(torch.utils.data.Dataset[Any]):
 
 def test_items_and_channels_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets, 'Shapes', Shapes, raising=False)
-    opened = open_torch('Shapes', tmp_path, {'train': 'stop', 'val': 'stop', 'test': 'stop'})
+    opened = open_torch('Shapes', tmp_path, ('train', 'val', 'test'))
     train = opened['train']
     assert isinstance(train, ItemDataset) and [*opened] == ['train', 'val'] and train.classes == ['0', '1', '2']
     assert train.targets.tolist() == [0, 1, 2, 0, 1, 2]
@@ -256,7 +256,7 @@ def test_items_and_channels_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         self.labels, self.data = np.array([1, 0]), np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
 
     monkeypatch.setattr(torchvision.datasets.SVHN, '__init__', svhn)
-    opened = open_torch('SVHN', tmp_path, {'train': 'stop', 'val': 'stop', 'test': 'stop'})
+    opened = open_torch('SVHN', tmp_path, ('train', 'val', 'test'))
     assert isinstance(opened['val'], ArrayDataset)
     assert np.asarray(opened['val'].load(0))[0, 1].tolist() == [1, 5, 9]
 
