@@ -24,7 +24,7 @@ from config.arguments import parse_args
 from config.data import build_mixup
 from pipeline.augment import OPS, BatchedAugment, apply_op, policy
 from pipeline.augment.erasing import plan_erasing
-from pipeline.augment.policy import read_policy
+from pipeline.augment.policy import plan_ops, read_policy
 from pipeline.augment.random_numbers import Purpose, device_normals, hashes, sample_keys, uniforms
 from pipeline.augment.steps import Step
 from pipeline.transforms import Augmentation, build_transform
@@ -347,19 +347,20 @@ def test_ops_are_as_frequent_and_as_strong_as_timms(
 def test_levels_signs_and_interpolation_are_drawn_as_defined() -> None:
     samples = 100_000
     made = make_augment(auto_augment=DEFAULT, interpolation='random')
-    plan = made.plan(make_draws(samples).numpy(), (32, 32))
-    assert plan.ops.shape == plan.levels.shape == (2, samples)
+    keys = sample_keys(made.seed, make_draws(samples).numpy())
+    all_ops, all_levels, all_steps = plan_ops(made.policy, keys, (32, 32), interpolation='random')
+    assert all_ops.shape == all_levels.shape == (2, samples)
     error = 4.5 * math.sqrt(0.25 / samples)
-    for ops, levels in zip(plan.ops, plan.levels, strict=True):
+    for ops, levels in zip(all_ops, all_levels, strict=True):
         for level, share in ((8.0, 0.0228), (8.5, 0.1587), (9.0, 0.5), (9.5, 0.8413), (9.999, 0.9772)):
             assert abs((levels < level).mean() - share) < error
         assert levels.max() == 10
         assert abs((ops == -1).mean() - 0.5) < error
         counts = np.bincount(ops[ops >= 0], minlength=15)
         assert ((counts - samples / 30) ** 2 / (samples / 30)).sum() < 50  # 14 degrees of freedom and the total's
-    both = np.corrcoef(plan.levels)[0, 1], np.corrcoef(plan.ops == -1)[0, 1]
+    both = np.corrcoef(all_levels)[0, 1], np.corrcoef(all_ops == -1)[0, 1]
     assert np.abs(both).max() < 4.5 / math.sqrt(samples)
-    shifts = [step for steps in plan.steps for step in steps if step.kind.startswith('shift')]
+    shifts = [step for steps in all_steps for step in steps if step.kind.startswith('shift')]
     positive = np.concatenate([step.values.sum(1) > 0 for step in shifts])
     cubic = np.concatenate([np.full(len(step.index), step.cubic) for step in shifts])
     for found in (positive, cubic, positive == cubic):

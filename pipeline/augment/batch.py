@@ -46,15 +46,12 @@ def apply_op(
 class Plan:
     """What is to be done with a batch, on the host.
 
-    `top` and `left` (B,) are the crop's corner in the padded image; `ops` and `levels` (layers, B) are those of
-    `plan_ops`; `steps` hold a list for each layer.
+    `top` and `left` (B,) are the crop's corner in the padded image; `steps` hold a list for each layer.
     """
 
     top: np.ndarray
     left: np.ndarray
     flip: np.ndarray
-    ops: np.ndarray
-    levels: np.ndarray
     steps: list[list[Step]]
     erasing: Erasing | None
 
@@ -95,9 +92,8 @@ class BatchedAugment:
         corner = np.floor(uniforms(keys, Purpose.CROP, 2) * (2 * PADDING + 1)).astype(np.int64)
         flip = uniforms(keys, Purpose.FLIP, 1)[:, 0] < settings.hflip
         steps: list[list[Step]] = []
-        ops, levels = np.zeros((0, len(keys)), np.int64), np.zeros((0, len(keys)))
         if self.policy is not None:
-            ops, levels, steps = plan_ops(self.policy, keys, size, interpolation=settings.interpolation)
+            _, _, steps = plan_ops(self.policy, keys, size, interpolation=settings.interpolation)
         if self.jitter > 0:
             steps += plan_jitter(self.jitter, keys, size)
         erasing = None
@@ -106,7 +102,7 @@ class BatchedAugment:
             erasing = plan_erasing(
                 keys, size, prob=settings.re_prob, mode=settings.re_mode, count=settings.re_count, start=start
             )
-        return Plan(corner[:, 0], corner[:, 1], flip, ops, levels, steps, erasing)
+        return Plan(corner[:, 0], corner[:, 1], flip, steps, erasing)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Augments a batch where it lies, without a wait for the device.
