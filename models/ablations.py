@@ -59,14 +59,6 @@ class PatchEmbed(SequentialOverlapPatchEmbed):
         self.pre_affine = self.post_affine = nn.Identity()  # type: ignore[assignment]
 
 
-class NoAffineEmbed(SequentialOverlapPatchEmbed):
-    """SOPE without its two affines."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.pre_affine = self.post_affine = nn.Identity()  # type: ignore[assignment]
-
-
 class PlainAttention(SelfAttention):
     """ViT's self-attention, without head tokens, (B, 1+N, D) to the same shape."""
 
@@ -178,11 +170,9 @@ def _check(options: dict[str, Any]) -> None:
 def choose_layers(options: dict[str, Any]) -> dict[str, Callable[..., nn.Module]]:
     """The stem, the attention and the feed-forward that options of `AblatedDHVT` ask for, as DHVT takes them."""
     _check(options)
-    stem = options.get('stem')
     embed_layer: Callable[..., nn.Module] = PatchEmbed
-    if stem != 'patch':
-        embed_layer = NoAffineEmbed if stem == 'no-affine' else SequentialOverlapPatchEmbed
-        embed_layer = partial(embed_layer, norm_layer=NORMS[options.get('stem_norm') or 'batch'])
+    if options.get('stem') != 'patch':
+        embed_layer = partial(SequentialOverlapPatchEmbed, norm_layer=NORMS[options.get('stem_norm') or 'batch'])
     feed_forward = options.get('feed_forward') or 'daff'
     aggregation, shortcut = options.get('aggregation'), options.get('shortcut') is not False
     mlp_layer: Callable[..., nn.Module] = FeedForward
@@ -219,6 +209,8 @@ class AblatedDHVT(DHVT):
     def __init__(self, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         super().__init__(**{**kwargs, **choose_layers(options)})
+        if options.get('stem') == 'no-affine':
+            self.patch_embed.pre_affine = self.patch_embed.post_affine = nn.Identity()
         self.has_positions = options.get('pos_embed') == 'learn'
         if self.has_positions:
             num_patches: int = self.patch_embed.num_patches  # type: ignore[assignment]
