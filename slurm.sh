@@ -3,7 +3,8 @@
 # As run_code.sh, with the same variables; for finetune.sh:  sbatch slurm.sh finetune CHECKPOINT RECIPE [further flags]
 #
 # One task for each GPU. Two minutes before its time is over, and when it is preempted, the job writes a checkpoint,
-# and it starts again by itself and goes on. Adapt the lines below, or override them on sbatch's command line.
+# and it starts again by itself and goes on. Adapt the lines below, or override them: on nodes of 4 GPUs,
+# sbatch --gpus-per-node=4 --ntasks-per-node=4 slurm.sh RECIPE
 #SBATCH --job-name=dhvt
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -40,8 +40,9 @@ EXAMPLES = """examples:
     python main.py -c output/digits/args.yaml --auto-resume
   evaluate its best weights:
     python main.py --eval --resume output/digits/best_checkpoint.pth
-  fine-tune them on your own images, in data/shapes/train/CLASS/ and data/shapes/val/CLASS/:
-    python main.py --finetune output/digits --data-set FOLDER --data-path data/shapes --input-size 16 --train-mode
+  fine-tune them on your own images, in my-images/train/CLASS/ and my-images/val/CLASS/:
+    python main.py --finetune output/digits --data-set FOLDER --data-path my-images --input-size 16 --train-mode \
+        --output_dir output/mine
 """
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the tables of docs/speed.md:  bash tools/benchmarks.sh cpu|gpu [step eval loader augment data]
+# Measures steps, evaluation, the loader, augmentation and reading (docs/speed.md):  bash tools/benchmarks.sh cpu|gpu [step eval loader augment data]
 #
 # Each command is printed before it runs. From the environment:
 #   DATA       train/<class>/ and val/<class>/ with 32-px images (data/cifar10-jpeg); without it loader reads the
