@@ -1,7 +1,8 @@
 """Every model of this project for torch.hub: `torch.hub.load(FOLDER, 'dhvt_tiny_cifar_patch4', source='local')`.
 
 Arguments go to the model's constructor. `checkpoint`, a path or URL of a file of main.py, gives trained weights, and
-with them the constructor's arguments, the image size and the number of classes, where these are not given.
+with them the constructor's arguments, the image size and the number of classes, where these are not given. To read one
+takes the packages of requirements.txt.
 """
 
 import importlib as _importlib

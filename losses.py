@@ -68,6 +68,7 @@ class Teacher(nn.Module):
         means, stds = (torch.tensor(pair)[..., None, None] for pair in ((student_mean, mean), (student_std, std)))
         self.register_buffer('scale', stds[0] / stds[1])  # (3, 1, 1)
         self.register_buffer('shift', (means[0] - means[1]) / stds[1])
+        self.same_normalisation = tuple(mean) == tuple(student_mean) and tuple(std) == tuple(student_std)
         self.train(False)
 
     def train(self, mode: bool = True) -> Teacher:
@@ -78,7 +79,9 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.input_size, self.input_size):
             images = F.interpolate(images.float(), self.input_size, mode='bicubic', antialias=True)
-        return self.model(images * self.scale + self.shift)
+        if not self.same_normalisation:
+            images = images * self.scale + self.shift
+        return self.model(images)
 
 
 class DistillationLoss(nn.Module):

@@ -299,6 +299,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """These of the images as a data set of their own, which reads them from the same place."""
         subset = copy.copy(self)
         subset.select(indices)
+        subset.treat_bad_images(self.on_bad_image)  # with notes of its own
         return subset
 
     def __len__(self) -> int:

@@ -199,12 +199,14 @@ def thumbnail(name: str, image: Image.Image) -> Picture:
 
 def confused_pairs(matrix: np.ndarray, labels: Sequence[str]) -> list[tuple[str, str, int, float]]:
     """The commonest pairs of class and wrong prediction: names, number of images, and their percentage of the class."""
-    wrong = [
-        (labels[row], labels[column], int(number), 100 * number / matrix[row].sum())
-        for (row, column), number in np.ndenumerate(matrix)
-        if number and row != column
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    rows, columns = np.nonzero(wrong)
+    most = np.argsort(-wrong[rows, columns], kind='stable')[:MAX_PAIRS]
+    return [
+        (labels[row], labels[column], int(wrong[row, column]), 100 * wrong[row, column] / matrix[row].sum())
+        for row, column in zip(rows[most], columns[most], strict=True)
     ]
-    return sorted(wrong, key=lambda pair: -pair[2])[:MAX_PAIRS]
 
 
 def describe_predictions(found: Predictions, mistakes: int) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def make(name: str, folder: Path, *, input_size: int = 32, **further: Any) -> tu
     args = {'model': name, 'input_size': input_size, 'model_kwargs': list(kwargs.items()), **evit}
     path = folder / f'{name}.pth'
     torch.save({'model': built[0].state_dict(), 'model_ema': built[1].state_dict(), 'args': args,
-                     'classes': CLASSES, 'epoch': 3, 'max_accuracy': 50.0}, path)  # fmt: skip
+                'classes': CLASSES, 'epoch': 3, 'max_accuracy': 50.0}, path)  # fmt: skip
     return str(path), built[0]
 
 

@@ -209,9 +209,8 @@ def test_moving_average_and_bare_weights(made: Made, tmp_path: Path, capsys: pyt
     run(tmp_path / 'bare.pth', image, '--model', 'resnet18.typo', '--input-size', '32', expect=2)
     assert 'Invalid pretrained tag (typo)' in capsys.readouterr().err
     torch.save({**loaded, 'args': {**loaded['args'], 'model': 'a_name_of_old'}}, tmp_path / 'old.pth')
-    assert probabilities(str(tmp_path / 'old.pth'), '--model', 'dhvt_tiny_cifar_patch4') == probabilities(
-        made.checkpoint
-    )
+    named = probabilities(str(tmp_path / 'old.pth'), '--model', 'dhvt_tiny_cifar_patch4')
+    assert named == probabilities(made.checkpoint)
     run(made.checkpoint, image, '--model', 'resnet18', expect=1)
     assert 'is of dhvt_tiny_cifar_patch4, not of resnet18' in capsys.readouterr().err
     run(tmp_path / 'published.pth', image, '--ema', expect=2)

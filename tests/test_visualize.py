@@ -163,7 +163,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     positions = save(tmp_path / 'positions.pth', 'dhvt_tiny_cifar_patch4', pos_embed='learn')
     resnet = tmp_path / 'resnet.pth'
     torch.save({'model': timm.create_model('resnet10t', num_classes=7).state_dict(),
-                       'args': {'model': 'resnet10t', 'input_size': 32}}, resnet)  # fmt: skip
+                'args': {'model': 'resnet10t', 'input_size': 32}}, resnet)  # fmt: skip
     pooled = save(tmp_path / 'pooled.pth', 'vit_tiny_patch16_224', class_token=False, global_pool='avg')
     nameless = tmp_path / 'nameless.pth'
     torch.save({'model': {'x': torch.zeros(1)}}, nameless)

@@ -208,11 +208,12 @@ def export(
                 f'{settings.name} as {kind} gives other logits, by {difference:.2g} (the largest is {largest:.3g}): '
                 'nothing was written'
             )
-        files = sorted(made.iterdir(), reverse=True) if made.is_dir() else [made]  # the weights first
-        if made.is_dir():
+        if made.is_file():
+            ckpt.write_bytes(out, made.read_bytes())
+        else:
             out.mkdir(exist_ok=True)
-        for file in files:
-            ckpt.write_bytes(out / file.name if made.is_dir() else out, file.read_bytes())
+            for file in sorted(made.iterdir(), reverse=True):  # the weights first
+                ckpt.write_bytes(out / file.name, file.read_bytes())
     return difference, largest
 
 

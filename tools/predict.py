@@ -194,15 +194,19 @@ def write_to(out: str | None, write: Callable[[IO[str]], None]) -> None:
 
     Names of files are the bytes in it that they are on the disk.
     """
+    if not out:
+        results = getattr(sys.stdout, 'stream', sys.stdout)  # which end with their reader, as messages do not
+        if isinstance(results, io.TextIOWrapper):
+            results.reconfigure(errors='surrogateescape')
+        write(results)
+        return
 
     def write_bytes(file: IO[bytes]) -> None:
         text: Any = codecs.getwriter('utf-8')(file, 'surrogateescape')
         write(text)
 
-    path = Path(out or '')
-    if not out:
-        write_bytes(getattr(sys.stdout, 'stream', sys.stdout).buffer)  # ends with its reader, as messages do not
-    elif path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+    path = Path(out)
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
         with open(path, 'wb') as file:
             write_bytes(file)
     else:

@@ -139,7 +139,6 @@ def _download(url: str) -> bytes:
     # The hub names its files by the URL's last part alone; two checkpoint.pth of different origin would be one.
     name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlsplit(url).path).name}'
     path = Path(torch.hub.get_dir(), 'checkpoints', name)
-    request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={'User-Agent': 'dhvt'})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f'{path}.lock'):
@@ -148,8 +147,11 @@ def _download(url: str) -> bytes:
                     data = path.read_bytes()
                     from_bytes(data, path.name)
                     return data
+            request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={'User-Agent': 'dhvt'})
             with urlopen(request, timeout=TIMEOUT) as answer:
-                data = answer.read()
+                data, length = answer.read(), answer.headers.get('Content-Length')
+            if length is not None and len(data) != int(length):
+                raise OSError(f'{len(data)} of {length} bytes came')
             from_bytes(data, Path(urlsplit(url).path).name)
             write_bytes(path, data)
     except (OSError, HTTPException, ValueError, InputError) as err:

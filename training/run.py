@@ -185,14 +185,13 @@ class Run:
         first, number = err.step['batch'], err.step['batches_in_step']
         begin, end = self.batches.batch_range(first)[0], self.batches.batch_range(first + number - 1)[1]
         left_out = [*self.progress.left_out, (self.progress.epoch, begin, end)]
-        known = len(self.progress.skipped_draws())
+        samples = len(set(range(begin, end)) - self.progress.skipped_draws())
         found = broadcast_object(self.output.newest())
         if found is None:
             raise err
         source, data = found
         self.progress = load_state(self.state, ckpt.from_bytes(data, source), source)
         self.progress.left_out = left_out
-        samples = len(self.progress.skipped_draws()) - known
         log(f'Warning: {err}{where}. Back to {source}; the {samples} samples of that step are left out')
 
     def train(self) -> dict[str, Any]:

@@ -204,7 +204,9 @@ def apply_step(
         out = _shift_x(flipped, values, fill, cubic=cubic, exact=exact).transpose(2, 3)
     elif kind == 'affine':
         out = _affine(pixels, values, fill, cubic=cubic, exact=exact)
-    else:  # 'box_blurs'
+    elif kind == 'box_blurs':
         flipped = _box_blurs_along(pixels, values).transpose(2, 3).contiguous()
         out = _box_blurs_along(flipped, values).transpose(2, 3)
+    else:
+        raise ValueError(f'no op of the kind {kind!r}')
     images.index_copy_(0, index, out)
