@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,15 +71,25 @@ class LoaderOptions:
 class TimedLoader(DataLoader):
     """A DataLoader whose `timeout` also holds while it fetches a batch that a loader process has announced.
 
-    That process hands over the memory itself, and PyTorch waits for it without end if it stops just then.
+    That process hands over the memory itself: PyTorch waits for it without end if it stops just then, and if it dies
+    reports what broke between the two.
+
+    Raises:
+        RuntimeError: if a loader process gives no batch in time, or has died.
     """
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
+        workers = [process.sentinel for process in multiprocessing.active_children()]
         patience = self.timeout + 2 if self.timeout else 0  # PyTorch's own limit goes first, where it works
         while True:
-            with deadline(patience, lambda: RuntimeError(f'DataLoader timed out after {patience:g} seconds')):
-                batch = next(iterator, None)
+            try:
+                with deadline(patience, lambda: RuntimeError(f'DataLoader timed out after {patience:g} seconds')):
+                    batch = next(iterator, None)
+            except (OSError, EOFError, RuntimeError) as err:  # RuntimeError: pinning met one
+                if workers and 'DataLoader' not in str(err) and wait(workers, timeout=1):
+                    raise RuntimeError('DataLoader worker exited unexpectedly') from err
+                raise
             if batch is None:
                 return
             yield batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import select
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from datasets import DataSource, build_datasets
 from pipeline.loaders import LoaderOptions, build_loaders
@@ -50,6 +51,42 @@ def test_a_low_limit_is_raised_as_far_as_it_may() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout == 'right\n', done.stderr
+
+
+class DyingSender:
+    """What a loader process hands over; that process dies while the main one fetches it."""
+
+    def __reduce__(self) -> Any:
+        return kill_sender, (os.getpid(),)
+
+
+def kill_sender(sender: int) -> None:
+    os.kill(sender, signal.SIGKILL)
+    raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+
+class Unreachable(Dataset):
+    """Its images lie behind a connection that breaks, while the loader processes live on."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise ConnectionResetError('by the images')
+
+
+def first_of(batch: list[Any]) -> Any:
+    return batch[0]
+
+
+def test_a_process_that_dies_while_it_hands_a_batch_over_is_named() -> None:
+    options = LoaderOptions(device=torch.device('cpu'), workers=1)
+    with no_children_left():
+        loader = options.loader([DyingSender()] * 4, collate_fn=first_of)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match=r'DataLoader worker .*(exited|killed)'):
+            list(loader)
+        with pytest.raises(ConnectionResetError, match='by the images'):
+            list(options.loader(Unreachable()))
 
 
 def put_together(collate: Callable[[Any], list[Tensor]], made: Tensor, samples: Any) -> list[Tensor]:
