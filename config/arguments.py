@@ -111,7 +111,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--shrink_epochs', type=COUNT, help='epochs in which it falls to the base, by a cosine (0)')
 
     group = parser.add_argument_group('distillation', 'into a model with two heads')
-    group.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'))
+    group.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'), help="the second head "
+                       "learns the teacher's distribution (soft) or its first choice (hard)")  # fmt: skip
     group.add_argument('--distillation-alpha', type=PROBABILITY, help="weight of the teacher's part (0.5)")
     group.add_argument('--distillation-tau', type=POSITIVE, help='temperature of soft distillation (1)')
     group.add_argument('--teacher-model', help="a name of timm's registry (regnety_160)")
@@ -129,7 +130,9 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--weight-decay', default=0.05, type=AMOUNT, help='of all but biases, norms and class token')
 
     group = parser.add_argument_group('learning rate schedule')
-    group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly', 'plateau'))
+    group.add_argument(
+        '--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly', 'plateau'), help="timm's"
+    )
     group.add_argument('--lr', default=5e-4, type=AMOUNT, help='before scaling by total batch / 512')
     group.add_argument('--sched-on-updates', action=switch, default=False, help='the schedule goes by optimizer steps, '
                        'not by epochs, and without --lr-delay-epochs')  # fmt: skip
@@ -142,7 +145,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--warmup-epochs', default=5, type=COUNT, help='epochs of warm-up')
     group.add_argument('--cooldown-epochs', default=0, type=COUNT, help='epochs after the schedule, at its last rate')
     group.add_argument('--patience-epochs', default=10, type=COUNT, help='epochs without improvement (plateau)')
-    group.add_argument('--decay-rate', '--dr', default=0.1, type=POSITIVE, help='factor of a decay (step, plateau)')
+    group.add_argument('--decay-rate', '--dr', default=0.1, type=POSITIVE, help='factor of a decay (step, plateau); '
+                       'the power (poly)')  # fmt: skip
     group.add_argument('--lr-delay-epochs', default=1, type=COUNT, help='epochs by which training trails the '
                        "schedule: 1 as published, so that the first rate is used twice; 0 is timm's")  # fmt: skip
 
@@ -152,7 +156,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help="timm's policy string, or none")
     group.add_argument('--hflip', default=0.5, type=PROBABILITY, help='probability of a horizontal flip')
     group.add_argument('--smoothing', default=0.1, type=PROBABILITY, help='label smoothing')
-    group.add_argument('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'))
+    group.add_argument('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'),
+                       help='of the crop, and of rotations and the like')  # fmt: skip
     group.add_argument('--repeated-aug', action=switch, default=True, help='each image three times, a third of them')
     group.add_argument('--reprob', default=0.25, type=PROBABILITY, help='probability of random erasing')
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='its fill')
@@ -163,7 +168,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--cutmix-minmax', nargs=2, type=PROBABILITY, help='ratios, in place of alpha')
     group.add_argument('--mixup-prob', default=1.0, type=PROBABILITY, help='of either')
     group.add_argument('--mixup-switch-prob', default=0.5, type=PROBABILITY, help='of cutmix where both are on')
-    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
+    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='one ratio for the '
+                       'batch, for each pair of images, or for each image')  # fmt: skip
     group.add_argument('--augment', default='auto', choices=('auto', 'pil', 'batched'), help='images one by one in '
                        'PIL, or whole batches on the device; auto takes what is faster')  # fmt: skip
     group.add_argument('--augment-exact', action='store_true', help="batched: timm's pixels to the bit, more slowly")

@@ -23,7 +23,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows a default where there is one to show: for None, '' and [] the text says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default in (None, '', []) or (action.nargs == 0 and not action.default)
+        is_switch = action.nargs == 0 and (not action.default or action.const is False)
+        says_nothing = is_switch or action.default in (None, '', [])
         return action.help if says_nothing else super()._get_help_string(action)
 
 
@@ -112,8 +113,8 @@ def add_data_flags(parser: Any, *, default: str) -> None:
     """The flags that say which data set is meant and how it lies on the disk."""
     parser.add_argument('--data-set', default=default, type=data_set, help=f"{', '.join(DATA_SETS)}, "
                         "or torch/NAME of torchvision's, hfds/NAME of the Hugging Face Hub or a folder")  # fmt: skip
-    parser.add_argument('--data-layout', default='auto', choices=('auto', 'lists', 'folder'), help="DomainNet's and "
-                        "FOLDER's images: by lists, in folders train/ and val/, or lists if there are any")  # fmt: skip
+    parser.add_argument('--data-layout', default='auto', choices=('auto', 'lists', 'folder'), help="how DomainNet's "
+                        "and FOLDER's images lie: auto takes lists if there are any, else folders")  # fmt: skip
     parser.add_argument('--inat-category', choices=INAT_CATEGORIES, help="level of iNaturalist's labels (name)")
     parser.add_argument('--num_workers', type=COUNT, help='loader processes; 10, or fewer where there are fewer cores')
 

@@ -209,7 +209,7 @@ def load_trained(
 
 def add_checkpoint_flags(parser: FlagParser) -> None:
     """The flags that say which trained model is meant; `load_chosen` reads it."""
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='of main.py, path or URL; or safetensors')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help="path or URL, also of safetensors, or a run's folder")
     parser.add_argument('--ema', action='store_true', help='use the moving average of the weights')
     parser.add_argument('--model', help="a name of timm's registry, where the checkpoint says none")
     parser.add_argument('--input-size', type=PIXELS, help="pixels, in place of the checkpoint's")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import models  # noqa: F401
+from config.flags import FlagParser
 from main import main as train
 from tests.conftest import PLAIN, ROOT
 from tests.test_deit_evit import EVIT
@@ -90,8 +91,19 @@ def test_benchmark_of_data(  # type: ignore[no-untyped-def]
     assert capsys.readouterr().out.count('| 2,000 |') == 12  # the small data set and the large one are the same here
 
 
-@pytest.mark.parametrize('name', ['folder2lmdb', *(f'tools.{path.stem}' for path in TOOLS)])
-def test_each_command_has_a_help(name: str, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize('name', ['main', 'folder2lmdb', *(f'tools.{path.stem}' for path in TOOLS)])
+def test_each_command_and_flag_has_a_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    parsers = []
+    format_help = FlagParser.format_help
+
+    def remember(parser: FlagParser) -> str:
+        parsers.append(parser)
+        return format_help(parser)
+
+    monkeypatch.setattr(FlagParser, 'format_help', remember)
     with pytest.raises(SystemExit) as stop:
         import_module(name).main(['--help'])
     assert stop.value.code == 0 and capsys.readouterr().out.startswith('usage: ')
+    assert parsers and not [action.dest for parser in parsers for action in parser._actions if not action.help]

@@ -47,11 +47,11 @@ def get_args_parser() -> FlagParser:
     parser.add_argument('folder', help='of images, at any depth')
     parser.add_argument('--images', type=FROM_ONE, default=2000, help='for each op')
     parser.add_argument('--input-size', type=FROM_ONE, default=32, help='pixels')
-    parser.add_argument('--batch-size', type=FROM_ONE, default=256)
+    parser.add_argument('--batch-size', type=FROM_ONE, default=256, help='of the pipeline')
     parser.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help='policy of the pipeline')
     parser.add_argument('--rounds', type=COUNT, default=9, help='measurements of each rate; 0 compares ops only')
     parser.add_argument('--device', default='cpu', help='of the batched ways')
-    parser.add_argument('--seed', type=SEED, default=0)
+    parser.add_argument('--seed', type=SEED, default=0, help='of every draw')
     return parser
 
 

@@ -50,7 +50,7 @@ READS = 200_000  # of loader processes, until their memory is measured
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser('benchmark_data.py', description='Images per second, and memory of loader processes.')
-    parser.add_argument('what', choices=('speed', 'memory'))
+    parser.add_argument('what', choices=('speed', 'memory'), help="images per second, or loader processes' memory")
     parser.add_argument('folder', nargs='?', help='holds train/ and val/ (speed)')
     parser.add_argument('--input-size', type=FROM_ONE, default=32, help='pixels, of the training transform (speed)')
     parser.add_argument('--images', type=FROM_ONE, help='of the training split; all by default (speed), or the '

@@ -50,7 +50,7 @@ Forward = Callable[[Tensor], Tensor]
 def get_args_parser() -> FlagParser:
     parser = FlagParser(PROGRAM, description='Write a trained model for other programs.')
     add_checkpoint_flags(parser)
-    parser.add_argument('--format', required=True, choices=tuple(FORMATS))
+    parser.add_argument('--format', required=True, choices=tuple(FORMATS), help='docs/tools.md says what reads it')
     parser.add_argument('--out', required=True, metavar='PATH',
                         help='the file to write, whose ending may be left out; for timm a folder')  # fmt: skip
     parser.add_argument('--push', metavar='OWNER/NAME', help='upload the folder to this repository of the Hub too')

@@ -65,7 +65,7 @@ def get_args_parser() -> FlagParser:
         '--format', choices=('csv', 'jsonl'), help='of the rows; by the ending of --out if not given, else csv'
     )
     parser.add_argument('--topk', default=5, type=FROM_ONE, help='classes in a row, the likeliest first')
-    parser.add_argument('--batch-size', default=128, type=FROM_ONE)
+    parser.add_argument('--batch-size', default=128, type=FROM_ONE, help='images at a time')
     parser.add_argument('--num_workers', type=COUNT, help='loader processes; 10, or fewer where there are fewer cores')
     parser.add_argument('--device', help='cuda, cuda:N, mps or cpu; the best there is by default')
     parser.add_argument('--amp', choices=PRECISIONS, help="mixed precision; the run's by default")

@@ -58,9 +58,9 @@ Drawn = tuple[Callable[[IO[bytes]], object], str]  # what writes the PNG, and wh
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser('visualize.py', description='Draw what a trained model looks at.')
-    parser.add_argument('what', choices=('attention', 'evit-mask'))
+    parser.add_argument('what', choices=('attention', 'evit-mask'), help='where attention goes, or what EViT keeps')
     add_checkpoint_flags(parser)
-    parser.add_argument('images', nargs='+', metavar='IMAGE', type=os.path.abspath)
+    parser.add_argument('images', nargs='+', metavar='IMAGE', type=os.path.abspath, help='files that Pillow opens')
     parser.add_argument('--out', type=os.path.abspath, help='the PNG to write (attention.png, evit-mask.png)')
     group = parser.add_argument_group('attention')
     group.add_argument('--layers', nargs='+', type=COUNT, help='blocks, counted from 0; the last of each quarter')
