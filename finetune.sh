@@ -17,9 +17,6 @@
 set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 
-case ${1:-} in
-    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit ;;
-esac
 if [ $# -lt 2 ]; then
     echo 'error: usage: bash finetune.sh CHECKPOINT RECIPE [further flags]' >&2
     exit 2

@@ -28,7 +28,6 @@ set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 
 case ${1:-} in
-    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit ;;
     '' | -*) recipe=digits ;;
     *) recipe=$1; shift ;;
 esac

@@ -148,6 +148,15 @@ def test_deit_and_evit_recipes_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert 'Training time' in run('run_code.sh', 'evit', *blocks)
 
 
+@pytest.mark.parametrize(
+    'name', ['run_code.sh', 'finetune.sh', 'check.sh', 'tools/benchmarks.sh', 'tools/full_size.sh']
+)
+def test_help_is_the_comment_on_top(name: str) -> None:
+    for flag in ('-h', '--help'):
+        lines = script(name, flag).splitlines()
+        assert f'bash {name}' in lines[0] and not [line for line in lines if line.startswith(('#', 'set '))]
+
+
 def test_default_and_further_flags() -> None:
     _, flags = flags_of(script('run_code.sh', '--epochs', '3', '--seed', '7'))
     assert (flags['data_set'], flags['epochs'], flags['seed']) == ('DIGITS', 3, 7)

@@ -1,6 +1,10 @@
-# Sourced by the other scripts: finds or makes the Python environment, starts main.py.
+# Sourced by the other scripts: answers --help, finds or makes the Python environment, starts main.py.
 # Paths that a user gives are relative to the folder the user is in; the project's own are under $root.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+case ${1:-} in
+    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[1]}"; exit ;; # the comment on top of the script
+esac
 
 # find_python [GROUP…]: sets python to an interpreter that has the packages of pyproject.toml (and of the optional
 # groups): $PYTHON, else the active environment's, else .venv's, which is made from requirements.txt if need be.
