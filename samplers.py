@@ -11,7 +11,7 @@ from timm.data.distributed_sampler import RepeatAugSampler as RASampler  # as th
 from torch.utils.data import DistributedSampler, Sampler
 
 
-class BalancedSampler(Sampler[int]):
+class BalancedSampler(DistributedSampler[int]):
     """Each class equally often, in an epoch as long as the data set: rounds of one image of each class, in any order.
 
     A class gives its images in turn, shuffled anew whenever all have been; so those of a small class stand several
@@ -23,28 +23,20 @@ class BalancedSampler(Sampler[int]):
     """
 
     def __init__(self, targets: np.ndarray, *, seed: int, num_repeats: int = 1) -> None:
+        super().__init__(targets, num_replicas=1, rank=0, seed=seed)  # type: ignore[arg-type]
         by_class = np.split(np.argsort(targets, kind='stable'), np.cumsum(np.bincount(targets))[:-1])
         self.members = [images for images in by_class if len(images)]
-        self.length = len(targets)
-        self.seed = seed
         self.num_repeats = num_repeats
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        rounds = math.ceil(self.length / (len(self.members) * self.num_repeats))
+        rounds = math.ceil(len(self) / (len(self.members) * self.num_repeats))
         columns = [
             np.concatenate([rng.permutation(images) for _ in range(math.ceil(rounds / len(images)))])[:rounds]
             for images in self.members
         ]
         order = rng.permuted(np.stack(columns, axis=1), axis=1).reshape(-1)  # (rounds, classes) to (rounds * classes,)
-        return iter(order.repeat(self.num_repeats)[: self.length].tolist())
+        return iter(order.repeat(self.num_repeats)[: len(self)].tolist())
 
 
 def _cumcount(order: np.ndarray) -> np.ndarray:
@@ -97,7 +89,7 @@ class TrainBatches(Sampler[list[Draw]]):
         self.num_replicas = num_replicas
         self.rank = rank
         self.even = even
-        self._sampler: RASampler | DistributedSampler | BalancedSampler
+        self._sampler: RASampler | DistributedSampler
         if balanced is not None:
             self._sampler = BalancedSampler(balanced, seed=seed, num_repeats=3 if repeated else 1)
         elif repeated:
