@@ -39,7 +39,7 @@ class BalancedSampler(DistributedSampler[int]):
         return iter(order.repeat(self.num_repeats)[: len(self)].tolist())
 
 
-def _cumcount(order: np.ndarray) -> np.ndarray:
+def cumcount(order: np.ndarray) -> np.ndarray:
     """How often the number at each place of a sequence has stood in it before."""
     places = np.argsort(order, kind='stable')
     ranked = order[places]
@@ -154,7 +154,7 @@ class TrainBatches(Sampler[list[Draw]]):
         self._sampler.set_epoch(self.epoch)
         images = np.fromiter(self._sampler, dtype=np.int64, count=len(self._sampler))
         images = np.resize(images, max(len(images), self.length))  # begins anew to fill up the last turn
-        return np.stack([images, _cumcount(images)])
+        return np.stack([images, cumcount(images)])
 
     def _deal(self, batch: np.ndarray, rank: int, order: np.ndarray) -> list[Draw]:
         own = batch.reshape(-1, self._dealt_by)[rank :: self.num_replicas].reshape(-1)

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-def _by_class(targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The images' numbers (n,), class by class, at random inside a class."""
-    shuffled = rng.permutation(len(targets))
-    return shuffled[np.argsort(targets[shuffled], kind='stable')]
+from samplers import cumcount
 
 
 def stratified_subset(targets: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
@@ -25,12 +21,10 @@ def stratified_subset(targets: np.ndarray, fraction: float, *, seed: int) -> np.
         seed: of the ranks and of the order of classes within a rank.
     """
     rng = np.random.default_rng(seed)
-    order = _by_class(targets, rng)
-    counts = np.bincount(targets)
-    rank = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
-    sorted_targets = targets[order]
+    order = rng.permutation(len(targets))
+    labels, counts = targets[order], np.bincount(targets)
     turn = rng.permutation(len(counts))
-    taken = np.lexsort((turn[sorted_targets], rank / counts[sorted_targets]))
+    taken = np.lexsort((turn[labels], cumcount(labels) / counts[labels]))
     return np.sort(order[taken[: max(round(fraction * len(targets)), 1)]])
 
 
@@ -57,5 +51,7 @@ class HoldOut:
         if self.fraction:
             kept = stratified_subset(targets, 1 - self.fraction, seed=self.seed)
             return kept, np.setdiff1d(numbers, kept)
-        held = np.sort(_by_class(targets, np.random.default_rng(self.seed))[self.fold :: self.folds])
+        order = np.random.default_rng(self.seed).permutation(len(targets))
+        by_class = order[np.argsort(targets[order], kind='stable')]  # at random inside a class
+        held = np.sort(by_class[self.fold :: self.folds])
         return np.setdiff1d(numbers, held), held
