@@ -129,20 +129,16 @@ def plan_ops(
     levels = _draw_levels(policy.ops[0], numbers[:, :, 2:4])
     negative = numbers[:, :, 4] < 0.5
     cubic = numbers[:, :, 5] < CUBIC_SHARE[interpolation]
-    # Sorted by interpolation inside of ops: a run of each pair is one step.
-    codes = np.where(ops < 0, -1, 2 * ops + cubic)
     layers = []
-    for layer in range(num_layers):
-        order = np.argsort(codes[:, layer], kind='stable')
-        present, first = np.unique(codes[order, layer], return_index=True)
+    for layer, codes in enumerate((2 * ops + cubic).T):  # a step for each pair of op and interpolation
         steps = []
-        for code, index in zip(present.tolist(), np.split(order, first[1:]), strict=True):
-            if code >= 0:
-                info = OPS[policy.ops[code // 2].name]
-                argument = levels[index, layer]
-                if info.argument is not None:
-                    argument = info.argument(argument, negative[index, layer])
-                steps.append(make_step(info.kind, index, argument, size, cubic=bool(code % 2)))
+        for code in np.unique(codes[codes >= 0]).tolist():
+            info = OPS[policy.ops[code // 2].name]
+            index = np.flatnonzero(codes == code)
+            argument = levels[index, layer]
+            if info.argument is not None:
+                argument = info.argument(argument, negative[index, layer])
+            steps.append(make_step(info.kind, index, argument, size, cubic=bool(code % 2)))
         layers.append(merge_steps(steps))
     return ops.T, levels.T, layers
 
