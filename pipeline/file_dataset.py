@@ -54,9 +54,6 @@ class ArrayDataset(ImageDataset):
     def _content(self) -> bytes:
         return np.ascontiguousarray(self.images).tobytes()
 
-    def _name(self, position: int) -> str:
-        return f'{self.classes[self._labels[position]]}/{position:06d}.png'
-
     def _image(self, position: int) -> Image.Image:
         return Image.fromarray(self.images[position]).convert(self.reading.mode)
 
@@ -67,19 +64,11 @@ class ArrayDataset(ImageDataset):
 
 
 class ItemDataset(ImageDataset):
-    """Images that another data set gives, as pairs of an image of Pillow and a label.
-
-    Args:
-        items: that data set.
-        labels: class indices, (n,).
-    """
+    """Images that another data set, `items`, gives as pairs of an image of Pillow and a label."""
 
     def __init__(self, items: Any, labels: np.ndarray, classes: Sequence[str]) -> None:
         self.items = items
         super().__init__(labels, classes)
-
-    def _name(self, position: int) -> str:
-        return f'{self.classes[self._labels[position]]}/{position:06d}.png'
 
     def _raw(self, position: int) -> bytes:
         file = io.BytesIO()

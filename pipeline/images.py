@@ -203,8 +203,9 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def _raw(self, position: int) -> bytes | memoryview:
         """As `raw`, but not to be kept."""
 
-    @abstractmethod
-    def _name(self, position: int) -> str: ...
+    def _name(self, position: int) -> str:
+        """As `name`: the class and the number, for images that have no name of their own."""
+        return f'{self.classes[self._labels[position]]}/{position:06d}.png'
 
     def _path(self, position: int) -> str:
         return self._name(position)
