@@ -112,12 +112,11 @@ def no_children_left() -> Iterator[None]:
     finally:
         children = multiprocessing.active_children()
         in_main_thread = threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD')
-        handler = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
-        if in_main_thread:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a failure
+        # PyTorch's handler takes their end for a failure.
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
         for child in children:
             child.kill()
         for child in children:
             child.join()
-        if in_main_thread and handler is not None:
+        if handler is not None:
             signal.signal(signal.SIGCHLD, handler)
