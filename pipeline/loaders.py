@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pipeline.augment import BatchedAugment
+from pipeline.augment.steps import send
 from pipeline.images import ImageDataset
 from pipeline.transforms import Augmentation, AugmentedImages, normalization
 from pipeline.workers import check_loader_processes, deadline, ignore_signals
@@ -144,12 +145,9 @@ class CachedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batch_sampler:
-            draws = torch.from_numpy(np.array(batch)).view(len(batch), -1)  # (B, 3); (B, 1) at evaluation
-            places = draws[:, 0]
-            if self.device.type == 'cuda':
-                places = places.pin_memory()
-            places = places.to(self.device, non_blocking=True)
-            yield self.augment(self.images.index_select(0, places), draws), self.targets[places]
+            draws = np.array(batch).reshape(len(batch), -1)  # (B, 3); (B, 1) at evaluation
+            (places,) = send([draws[:, 0]], self.device)
+            yield self.augment(self.images.index_select(0, places), torch.from_numpy(draws)), self.targets[places]
 
 
 class AugmentedLoader:
