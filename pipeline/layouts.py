@@ -62,13 +62,15 @@ def _stop(error: OSError) -> NoReturn:
     raise InputError(f'{error.filename}: {error.strerror}') from None
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, each with its number from 1 on."""
     try:
-        return path.read_text(encoding='utf-8-sig').splitlines()
+        lines = path.read_text(encoding='utf-8-sig').splitlines()
     except OSError as err:
         raise InputError(f'{path}: {err.strerror}') from None
     except UnicodeDecodeError:
         raise InputError(f'{path} is not a text file in UTF-8') from None
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 # Folders
@@ -185,13 +187,12 @@ def _read_annotations(folder: Path, notes: list[str]) -> list[tuple[str, str]]:
     if not (path.is_file() and (folder / 'images').is_dir()):
         return []
     rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            name, _, rest = line.partition('\t')
-            label = rest.partition('\t')[0].strip()
-            if not label or '/' in name:
-                raise InputError(f'{path}, line {number}: {line!r} is not a file name, a tab and a class')
-            rows.append((f'images/{name}', _nfc(label)))
+    for number, line in _lines(path):
+        name, _, rest = line.partition('\t')
+        label = rest.partition('\t')[0].strip()
+        if not label or '/' in name:
+            raise InputError(f'{path}, line {number}: {line!r} is not a file name, a tab and a class')
+        rows.append((f'images/{name}', _nfc(label)))
     return sorted(present_rows(Listing(folder), rows, source=path, notes=notes))
 
 
@@ -202,7 +203,7 @@ def _number_classes(root: Path, found: list[str]) -> list[str]:
     path = root / CLASSES_FILE
     if not path.is_file():
         return found
-    classes = [_nfc(line) for line in _lines(path) if line.strip()]
+    classes = [_nfc(line) for _, line in _lines(path)]
     unknown = sorted(set(found) - set(classes))
     if unknown or len(set(classes)) < len(classes):
         problem = f'lacks {count(unknown, "class folder")}' if unknown else 'names a class twice'
@@ -251,9 +252,7 @@ def read_list(path: Path) -> list[tuple[str, int]]:
         InputError: with the line's number, for a line of another form or a path that leaves its folder.
     """
     rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path):
         name, _, label = line.strip().rpartition(' ')
         parts = PurePosixPath(name).parts
         if not (label.isdecimal() and len(label) < 7) or len(parts) < 2 or parts[0] == '/' or '..' in parts:
