@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 from PIL.ExifTags import Base
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config.errors import one_line_errors
@@ -31,6 +30,7 @@ from config.flags import FROM_ONE, FlagParser, add_data_flags, usable_workers
 from datasets import DataSource, Splits, build_datasets
 from pipeline.images import ImageDataset, Reading, decode, explain_error
 from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, TABLE, VERSION, ImageFolderLMDB, to_key
+from pipeline.loaders import TimedLoader
 from pipeline.workers import end_with_parent
 from training.checkpoint import write_file
 from training.lock import writing_to
@@ -101,7 +101,7 @@ def _in_chunks(dataset: ImageDataset, read: Callable[[Sequence[int]], Any], work
     size = int(min(max(CHUNK_BYTES / max(mean_bytes, 1), 1), CHUNK_IMAGES))
     numbers: Any = range(len(dataset))
     try:
-        yield from DataLoader(numbers, size, collate_fn=read, num_workers=workers, worker_init_fn=end_with_parent)
+        yield from TimedLoader(numbers, size, collate_fn=read, num_workers=workers, worker_init_fn=end_with_parent)
     except RuntimeError as err:  # how the loader reports a process that died
         raise InputError(f'a reader process failed: {one_line(err)}') from None
 
