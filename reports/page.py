@@ -113,12 +113,10 @@ def _find_notes(runs: Sequence[LoggedRun]) -> list[str]:
 def _write_figures(pictures: Sequence[Picture], folder: Path) -> None:
     """Writes pictures as PNGs, and removes those of an earlier report."""
     folder.mkdir(exist_ok=True)
-    drawn = {picture.name: picture.data for picture in pictures}
-    for path in (folder / f'{name}.png' for name in FIGURES):
-        if path.stem in drawn:
-            ckpt.write_bytes(path, drawn[path.stem])
-        else:
-            path.unlink(missing_ok=True)
+    for picture in pictures:
+        ckpt.write_bytes(folder / f'{picture.name}.png', picture.data)
+    for name in {*FIGURES} - {picture.name for picture in pictures}:
+        (folder / f'{name}.png').unlink(missing_ok=True)
 
 
 def make(
