@@ -8,10 +8,10 @@ import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from pipeline.images import image_extensions
-from utils import shorten
+from utils import InputError, shorten
 
 MAX_BYTES = 2**31  # of an image's file; no image that Pillow agrees to decode has more
 KINDS = ((stat.S_ISREG, ''), (stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a named pipe'), (stat.S_ISSOCK, 'a socket'))
@@ -81,13 +81,20 @@ class Found(NamedTuple):
     others: dict[str, list[str]]
 
 
-def walk(root: str | Path, fail: Callable[[OSError], object]) -> Found:
+def _stop(error: OSError) -> NoReturn:
+    raise InputError(f'{error.filename}: {error.strerror}') from None
+
+
+def walk(root: str | Path, fail: Callable[[OSError], object] = _stop) -> Found:
     """Finds the images in a folder and those below it; hidden files and folders are left out.
 
     Links are followed, and each real folder is read once: by its own name if it lies below `root`.
 
     Args:
         fail: called with the error of a folder that cannot be read, which is then left out.
+
+    Raises:
+        InputError: for such a folder, unless `fail` is given.
     """
     extensions = image_extensions()
     found = Found({}, [], {})

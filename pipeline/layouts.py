@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, TypeVar
 
 from pipeline.files import Found, Listing, note_left_out, note_special, walk
 from utils import InputError, count, shorten
@@ -56,10 +56,6 @@ def _nfc(name: str) -> str:
 
 def _folders(parent: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(parent) if entry.is_dir() and not entry.name.startswith('.'))
-
-
-def _stop(error: OSError) -> NoReturn:
-    raise InputError(f'{error.filename}: {error.strerror}') from None
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -130,7 +126,7 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     walked = []
     for split in needed:
         if not rows[split]:
-            walked.append(walk(sources[split], _stop))
+            walked.append(walk(sources[split]))
             rows[split] = _in_class_folders(sources[split], walked[-1], notes)
             if not rows[split]:
                 raise InputError(f'{sources[split]} holds no images (file names must end in .jpg, .png, …)')

@@ -59,14 +59,9 @@ def read_images(folder: Path, *, images: int, input_size: int, seed: int) -> lis
     """Images below a folder, drawn at random, as squares.
 
     Raises:
-        InputError: if there are too few.
-        OSError: if a folder cannot be read.
+        InputError: if there are too few, or a folder cannot be read.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found = walk(folder, fail).images
+    found = walk(folder).images
     paths = sorted(folder / below / name for below, names in found.items() for name in names)
     if len(paths) < images:
         raise InputError(f'{folder} has {len(paths)} images, not {images}: give another folder, or --images')
