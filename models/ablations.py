@@ -124,8 +124,8 @@ class SplitFeedForward(_Aggregation):
         *,
         dim: int,
         hidden_dim: int,
-        aggregation: str,
-        shortcut: bool,
+        aggregation: str = 'none',
+        shortcut: bool = True,
         pool: bool,
         num_prefix_tokens: int = 1,
     ) -> None:
@@ -174,14 +174,12 @@ def choose_layers(options: dict[str, Any]) -> dict[str, Callable[..., nn.Module]
     if options.get('stem') != 'patch':
         embed_layer = partial(SequentialOverlapPatchEmbed, norm_layer=NORMS[options.get('stem_norm') or 'batch'])
     feed_forward = options.get('feed_forward') or 'daff'
-    aggregation, shortcut = options.get('aggregation'), options.get('shortcut') is not False
+    given = {name: options[name] for name in ('aggregation', 'shortcut') if options.get(name) is not None}
     mlp_layer: Callable[..., nn.Module] = FeedForward
     if feed_forward == 'daff':
-        norm = NORMS[options.get('feed_forward_norm') or 'batch']
-        mlp_layer = partial(OtherDAFF, norm_layer=norm, aggregation=aggregation or 'class', shortcut=shortcut)
+        mlp_layer = partial(OtherDAFF, norm_layer=NORMS[options.get('feed_forward_norm') or 'batch'], **given)
     elif feed_forward != 'mlp':
-        pool = feed_forward == 'pool'
-        mlp_layer = partial(SplitFeedForward, pool=pool, aggregation=aggregation or 'none', shortcut=shortcut)
+        mlp_layer = partial(SplitFeedForward, pool=feed_forward == 'pool', **given)
     attn_layer = PlainAttention if options.get('attention') == 'plain' else HeadInteractedAttention
     return {'embed_layer': embed_layer, 'attn_layer': attn_layer, 'mlp_layer': mlp_layer}
 
