@@ -171,11 +171,7 @@ class EViT(VisionTransformer):
         return self.forward_head(self.norm(x)), found
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for this model.
-
-        Raises:
-            NotImplementedError: always: after the first shrinking block there is no grid of tokens.
-        """
+        """Raises NotImplementedError: after the first shrinking block there is no grid of tokens."""
         raise NotImplementedError('EViT has no feature maps: its tokens leave the grid; use the DeiT of these weights')
 
 
