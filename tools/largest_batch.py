@@ -50,7 +50,6 @@ def peak_memory(flags: Sequence[str]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the program; `one_line_errors` says how it ends."""
     args, flags = get_args_parser().parse_known_args(argv)
     sizes = args.batch_sizes
     with one_line_errors('largest_batch.py'):

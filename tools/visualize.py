@@ -52,7 +52,6 @@ from utils import InputError, UsageError, one_line
 KEPT, FUSED, DROPPED = 0, 1, 2
 NAMES, SHADES = ('kept', 'fused', 'dropped'), np.array([1.0, 0.45, 0.12])  # of the patch's brightness
 MARGIN, LABEL = 6, 16  # pixels
-Size = tuple[int, int]
 Drawn = tuple[Callable[[IO[bytes]], object], str]  # what writes the PNG, and what is said of it
 
 
@@ -114,7 +113,7 @@ def get_activations(model: DHVT | VisionTransformer, images: Tensor) -> Activati
     return Activations(attention, channels, probabilities, grid, int(model.num_prefix_tokens))
 
 
-def load_attentive(args: argparse.Namespace) -> tuple[DHVT | VisionTransformer, Settings, Size]:
+def load_attentive(args: argparse.Namespace) -> tuple[DHVT | VisionTransformer, Settings, tuple[int, int]]:
     """The DHVT or DeiT that is asked for in eval mode, its settings, and its images' (height, width).
 
     Raises:
