@@ -83,9 +83,7 @@ class Run:
 
     def _set_rates(self) -> None:
         """Brings the learning rates to where the schedule has this place."""
-        if not self.state.scheduler.t_in_epochs:
-            self.state.scheduler.step_update(self._count_updates())
-            return
+        self.state.scheduler.step_update(self._count_updates())  # timm's schedules follow one of the two
         self.state.scheduler.step(max(self.progress.epoch - self.run_settings.lr_delay_epochs, 0), None)
 
     def resume(self, checkpoint: dict[str, Any], source: str, *, force: bool = False) -> None:
@@ -129,8 +127,7 @@ class Run:
 
     def _after_step(self, batch: int, read: Callable[[], None]) -> None:
         self._updates += 1
-        if not self.state.scheduler.t_in_epochs:
-            self.state.scheduler.step_update(self._updates)
+        self.state.scheduler.step_update(self._updates)
         self._steps_since_save += 1
         decision = self.interrupts.agree(save=self._save_is_due())
         if decision == GO_ON:
@@ -260,8 +257,7 @@ class Run:
             log(f'Note: the last {self.batches.unplaced} samples of the epoch are too few for all processes')
         progress.num_draws = self.batches.length
         self._updates = self._count_updates()
-        if not state.scheduler.t_in_epochs:  # where steps of the epoch before were left out
-            state.scheduler.step_update(self._updates)
+        state.scheduler.step_update(self._updates)  # where steps of the epoch before were left out
         if state.model_ema is not None:
             state.model_ema.updates = self._updates
         compiled = num_compiled_graphs()
