@@ -44,16 +44,7 @@ from training.signals import Interrupted, Interrupts
 from training.state import MODEL_ARGUMENTS, TrainState, different_arguments, refuse_other_run
 from training.tracking import WandbRun
 from training.weights import class_names, load_fitting, load_whole, model_weights, stored_args
-from utils import (
-    InputError,
-    SizedLoader,
-    broadcast_batchnorm,
-    broadcast_object,
-    get_rank,
-    is_main_process,
-    log,
-    one_line,
-)
+from utils import InputError, SizedLoader, broadcast_batchnorm, broadcast_object, is_main_process, log, one_line
 
 
 def start_process(args: argparse.Namespace) -> tuple[Process, torch.device, torch.dtype | None]:
@@ -270,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             raise
         except (InputError, OSError, ValueError, RuntimeError) as err:
             reason = err if isinstance(err, (InputError, OSError)) else explain(err, args) or err
-            report_failure(get_rank(), one_line(reason))
+            report_failure(one_line(reason))
             if reason is err:
                 raise
             raise reason from None

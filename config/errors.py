@@ -150,5 +150,5 @@ def explain(err: Exception, args: argparse.Namespace) -> InputError | None:
     broken = re.search('gloo|nccl|pair closure|connection|timed out|timeout|broken pipe', text, re.IGNORECASE)
     if isinstance(err, dist.DistError) or (broken and dist.is_initialized()):
         # gloo and NCCL report a process that is gone from inside whatever collective the others were in.
-        return InputError(find_failed_process(get_rank(), err))
+        return InputError(find_failed_process(err))
     return None

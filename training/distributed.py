@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils import InputError, UsageError, barrier, get_world_size, one_line
+from utils import InputError, UsageError, barrier, get_rank, get_world_size, one_line
 
 # A group whose processes tell each other why they stopped
 
@@ -31,9 +31,9 @@ def _within(seconds: float, call: Callable[[], str]) -> str | None:
     return answers[0] if answers else None
 
 
-def report_failure(rank: int, reason: str) -> None:
+def report_failure(reason: str) -> None:
     """Tells the other processes why this one stops."""
-    store = _store
+    store, rank = _store, get_rank()
     if store is None:
         return
 
@@ -45,9 +45,9 @@ def report_failure(rank: int, reason: str) -> None:
     _within(2, tell)
 
 
-def find_failed_process(rank: int, error: BaseException, *, patience: float = 3.0) -> str:
+def find_failed_process(error: BaseException, *, patience: float = 3.0) -> str:
     """Why a collective of this process failed: which of the others stopped, and what it said within `patience` s."""
-    reason, store = one_line(error), _store
+    reason, store, rank = one_line(error), _store, get_rank()
     if store is None:
         return f'the group is broken ({reason})'
 
