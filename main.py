@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import random_seed
+from timm.utils import distribute_bn, random_seed
 from torch import nn
 
 from config.arguments import parse_args
@@ -44,7 +44,7 @@ from training.signals import Interrupted, Interrupts
 from training.state import MODEL_ARGUMENTS, TrainState, different_arguments, refuse_other_run
 from training.tracking import WandbRun
 from training.weights import class_names, load_fitting, load_whole, model_weights, stored_args
-from utils import InputError, SizedLoader, broadcast_batchnorm, broadcast_object, is_main_process, log, one_line
+from utils import InputError, SizedLoader, broadcast_object, is_main_process, log, one_line
 
 
 def start_process(args: argparse.Namespace) -> tuple[Process, torch.device, torch.dtype | None]:
@@ -109,7 +109,8 @@ def make_test(
     def test(
         module: nn.Module, header: str, keep_rate: float | None = None, stop: Callable[[], bool] | None = None
     ) -> dict[str, float]:
-        broadcast_batchnorm(module)
+        if dist.is_initialized():  # so that all processes evaluate the model that is saved
+            distribute_bn(module, dist.get_world_size(), reduce=False)
         stats = evaluate(model=fold_batchnorm(module), loader=loader, device=device, amp_dtype=amp,
                          sharded=args.dist_eval, keep_rate=keep_rate, stop=stop, header=header)  # fmt: skip
         dataset.log_bad_images()

@@ -14,8 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.utils import distribute_bn
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar('T')
@@ -116,12 +115,6 @@ def broadcast_object(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=torch.device('cpu'))
     return values[0]
-
-
-def broadcast_batchnorm(model: nn.Module) -> None:
-    """Gives every process the main one's running statistics, so that all evaluate the model that is saved."""
-    if is_distributed():
-        distribute_bn(model, get_world_size(), reduce=False)
 
 
 # Console
