@@ -36,7 +36,7 @@ from models.speed import count_macs, images_per_second
 from pipeline.images import ImageDataset
 from pipeline.workers import no_children_left
 from training import checkpoint as ckpt
-from training.devices import amp_name, find_amp_dtype, find_device, keep_freed_memory, set_backends
+from training.devices import amp_name, find_amp_dtype, find_device, set_backends
 from training.distributed import Process, find_process, init_distributed, report_failure
 from training.output import OutputFolder
 from training.run import Run, RunSettings, Test, report_accuracy
@@ -51,9 +51,7 @@ def start_process(args: argparse.Namespace) -> tuple[Process, torch.device, torc
     """Joins the process group; returns this process's place in it, its device, and autocast's type."""
     process = find_process(os.environ, world_size=args.world_size, local_rank=args.local_rank)
     device = find_device(args.device, process=process)
-    set_backends(deterministic=args.deterministic, tf32=args.tf32 and device.type == 'cuda')
-    if device.type == 'cpu':
-        keep_freed_memory()
+    set_backends(device, deterministic=args.deterministic, tf32=args.tf32)
     init_distributed(process, device=device, dist_url=args.dist_url, timeout=args.timeout)
     return process, device, find_amp_dtype(args.amp, device)
 

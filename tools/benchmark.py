@@ -43,7 +43,7 @@ from engine import TrainSettings, evaluate, train_one_epoch
 from losses import create_criterion
 from models.folding import fold_batchnorm
 from pipeline.workers import no_children_left
-from training.devices import find_amp_dtype, find_device, keep_freed_memory, set_backends
+from training.devices import find_amp_dtype, find_device, set_backends
 from training.distributed import Process
 from utils import InputError, UsageError, num_usable_cores, one_line
 
@@ -127,9 +127,7 @@ def prepare(what: str, flags: Sequence[str]) -> RunBatches:
     """Builds everything that main.py builds from the flags; returns what is timed."""
     args = parse_args([*DEFAULTS, *flags])
     device = find_device(args.device)
-    set_backends(deterministic=args.deterministic, tf32=args.tf32 and device.type == 'cuda')
-    if device.type == 'cpu':
-        keep_freed_memory()
+    set_backends(device, deterministic=args.deterministic, tf32=args.tf32)
     return prepare_loader(args, device) if what == 'loader' else prepare_model(what, args, device)
 
 

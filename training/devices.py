@@ -70,19 +70,22 @@ def find_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
 
 
-def set_backends(*, deterministic: bool, tf32: bool) -> None:
-    """PyTorch's switches: the same bits each time, or the fastest kernels; TensorFloat-32 for float32 products on GPUs.
+def set_backends(device: torch.device, *, deterministic: bool, tf32: bool) -> None:
+    """What is set before a device is used: PyTorch's switches, and on a CPU `keep_freed_memory`.
 
     Args:
-        deterministic: an operation that cannot give the same bits each time is an error.
-        tf32: products of float32 numbers with 10 bits of mantissa, where the GPU has them.
+        deterministic: the same bits each time, and an error where an operation cannot; else the fastest kernels.
+        tf32: products of float32 numbers with 10 bits of mantissa, where the device is a GPU that has them.
     """
+    tf32 = tf32 and device.type == 'cuda'
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = tf32
     torch.set_float32_matmul_precision('high' if tf32 else 'highest')
+    if device.type == 'cpu':
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
