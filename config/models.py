@@ -27,18 +27,16 @@ def _is_plain(value: Any, depth: int = 4) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def constructor_arguments(model: nn.Module) -> set[str]:
-    constructors = [vars(cls)['__init__'] for cls in type(model).__mro__ if '__init__' in vars(cls)]
-    return {argument for constructor in constructors for argument in inspect.signature(constructor).parameters}
-
-
 @cache
 def _arguments_of(name: str) -> set[str]:
+    """The arguments of a model's constructor and of those of its base classes."""
     try:
         with torch.device('meta'):  # which takes no memory
-            return constructor_arguments(timm.create_model(name))
+            model = timm.create_model(name)
     except Exception:  # a constructor that looks at its tensors
-        return constructor_arguments(timm.create_model(name))
+        model = timm.create_model(name)
+    constructors = [vars(cls)['__init__'] for cls in type(model).__mro__ if '__init__' in vars(cls)]
+    return {argument for constructor in constructors for argument in inspect.signature(constructor).parameters}
 
 
 def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
