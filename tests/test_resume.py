@@ -286,7 +286,7 @@ def test_a_signal_in_evaluation(number: int, asked: int, tmp_path: Path, monkeyp
 
     out = [*DIGITS, '--epochs', '2', '--output_dir', str(tmp_path / 'out'), '--auto-resume']
     main([*DIGITS, '--epochs', '2', '--output_dir', str(tmp_path / 'whole')])
-    original = training.Run._test
+    original = training.Run._evaluate
 
     def interrupted(self: training.Run, *args: Any) -> Any:
         os.kill(os.getpid(), number)
@@ -294,13 +294,13 @@ def test_a_signal_in_evaluation(number: int, asked: int, tmp_path: Path, monkeyp
 
     calls: list[int] = []
     monkeypatch.setattr(training, 'requeue', lambda: calls.append(number))
-    monkeypatch.setattr(training.Run, '_test', interrupted)
+    monkeypatch.setattr(training.Run, '_evaluate', interrupted)
     with pytest.raises(SystemExit) as caught:
         main(out)
     assert caught.value.code == 128 + number and len(calls) == asked
     state = ckpt.load(str(tmp_path / 'out' / 'checkpoint.pth'))
     assert state['epoch'] == -1 and state['progress']['done'] == 1437 // 256 * 256
-    monkeypatch.setattr(training.Run, '_test', original)
+    monkeypatch.setattr(training.Run, '_evaluate', original)
     main(out)
     logs = [(tmp_path / name / 'log.txt').read_bytes() for name in ('out', 'whole')]
     assert logs[0] == logs[1]

@@ -287,15 +287,6 @@ class Run:
             self._stop(decision - STOP)
         return stats
 
-    def _test(self, model: nn.Module, header: str, prefix: str) -> dict[str, float]:
-        """A model's results for the log."""
-        stats = self._evaluate(self.test, model, header, self.progress.keep_rate)
-        if prefix == 'test':
-            report_accuracy(stats, images=self.val_name)
-        else:
-            log(f'  moving average: acc@1 {stats["acc1"]:.4f}')
-        return {f'{prefix}_{name}': value for name, value in stats.items() if name != 'images'}
-
     def _finish_epoch(self, train_stats: dict[str, float]) -> None:
         """Evaluates, logs and saves."""
         progress, state, epoch = self.progress, self.state, self.progress.epoch
@@ -305,7 +296,9 @@ class Run:
         self.dataset.log_bad_images()
         started = time.perf_counter()
         line = {f'train_{name}': value for name, value in train_stats.items()}
-        line |= self._test(state.model, 'Test', 'test')
+        stats = self._evaluate(self.test, state.model, 'Test', progress.keep_rate)
+        report_accuracy(stats, images=self.val_name)
+        line |= {f'test_{name}': stats[name] for name in ('loss', 'acc1', 'acc5')}
         if not math.isfinite(line['test_loss']):
             raise InputError(
                 f'the test loss is {line["test_loss"]} after epoch {epoch}, with learning rate '
@@ -313,7 +306,9 @@ class Run:
             )
         if state.model_ema is not None:
             average = copy.deepcopy(state.model_ema.module).to(self.settings.device)
-            line |= self._test(average, 'Test of the moving average', 'ema_test')
+            stats = self._evaluate(self.test, average, 'Test of the moving average', progress.keep_rate)
+            log(f'  moving average: acc@1 {stats["acc1"]:.4f}')
+            line |= {f'ema_test_{name}': stats[name] for name in ('loss', 'acc1', 'acc5')}
         accuracies = {'model': line['test_acc1']}
         if self.run_settings.ema_can_be_best:
             accuracies['model_ema'] = line['ema_test_acc1']
