@@ -171,9 +171,16 @@ def test_a_damaged_best_is_not_the_end(trained: Path, tmp_path: Path, capsys: py
 def test_a_log_without_checkpoints_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / 'out'
     out.mkdir()
-    (out / 'log.txt').write_text('{"epoch": 0}\n')
-    main([*DIGITS, *WIDE, '--output_dir', str(out), '--auto-resume'])
-    assert (out / 'old_log.txt').read_text() == '{"epoch": 0}\n' and 'is kept as old_log.txt' in capsys.readouterr().out
+    for number, name in enumerate(('old_log.txt', 'old_log.txt.1')):  # what was kept before stays
+        (out / 'log.txt').write_text(f'{{"epoch": {number}}}\n')
+        main([*DIGITS, *WIDE, '--output_dir', str(out), '--auto-resume'])
+        assert f'is kept as {name}\n' in capsys.readouterr().out
+        for checkpoint in out.glob('*.pth'):
+            checkpoint.unlink()
+    assert [(out / name).read_text() for name in ('old_log.txt', 'old_log.txt.1')] == [
+        '{"epoch": 0}\n',
+        '{"epoch": 1}\n',
+    ]
 
 
 def test_arguments_as_other_programs_write_them() -> None:

@@ -146,6 +146,12 @@ class _Events:
             self._writer.close()
 
 
+def _set_aside(path: Path, prefix: str) -> Path:
+    """Renames a file to PREFIX_NAME, or PREFIX_NAME.1 and so on where that is there already; returns its new path."""
+    names = (path.with_name(f'{prefix}_{path.name}{f".{number}" * (number > 0)}') for number in itertools.count())
+    return path.replace(next(name for name in names if not name.exists()))
+
+
 class OutputFolder(BackgroundWriter):
     """The files of a run, written by the main process; an empty path writes none.
 
@@ -204,8 +210,7 @@ class OutputFolder(BackgroundWriter):
         found = ckpt.newest_in(self.path)
         first = self.path / CHECKPOINT
         if found is not None and first.exists() and found[0] != str(first):
-            names = (self.path / f'damaged_{CHECKPOINT}{f".{number}" * (number > 0)}' for number in itertools.count())
-            first.replace(next(name for name in names if not name.exists()))
+            _set_aside(first, 'damaged')
         return found
 
     def begin(self, settings: dict[str, Any], *, lines: Sequence[dict], timings: Sequence[dict]) -> None:
@@ -215,8 +220,7 @@ class OutputFolder(BackgroundWriter):
         self._check_folder()
         log_file = self.path / 'log.txt'
         if not lines and log_file.is_file() and log_file.stat().st_size:
-            log_file.replace(self.path / 'old_log.txt')
-            log(f'Note: {log_file} is of a run without checkpoints, and is kept as old_log.txt')
+            log(f'Note: {log_file} is of a run without checkpoints, and is kept as {_set_aside(log_file, "old").name}')
         ckpt.write_bytes(self.path / 'args.yaml', yaml.safe_dump(settings, sort_keys=False).encode())
         for path, data in self._logs(lines, timings).items():
             if lines or path.exists():
