@@ -33,6 +33,11 @@ def report_accuracy(stats: dict[str, float], *, images: str = 'test') -> None:
     log(f'  acc@1 {stats["acc1"]:.4f}  acc@5 {stats["acc5"]:.4f}  loss {stats["loss"]:.6f}')
 
 
+def _prefixed(prefix: str, stats: dict[str, float]) -> dict[str, float]:
+    """Results as `log.txt` names them; the number of images is none of them."""
+    return {f'{prefix}_{name}': value for name, value in stats.items() if name != 'images'}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """How a run goes on from epoch to epoch, and what it does about trouble."""
@@ -295,10 +300,10 @@ class Run:
         progress.keep_rate = rate and rate(epoch, progress.batch - 1, progress.batch)  # the last of the epoch
         self.dataset.log_bad_images()
         started = time.perf_counter()
-        line = {f'train_{name}': value for name, value in train_stats.items()}
+        line = _prefixed('train', train_stats)
         stats = self._evaluate(self.test, state.model, 'Test', progress.keep_rate)
         report_accuracy(stats, images=self.val_name)
-        line |= {f'test_{name}': stats[name] for name in ('loss', 'acc1', 'acc5')}
+        line |= _prefixed('test', stats)
         if not math.isfinite(line['test_loss']):
             raise InputError(
                 f'the test loss is {line["test_loss"]} after epoch {epoch}, with learning rate '
@@ -308,7 +313,7 @@ class Run:
             average = copy.deepcopy(state.model_ema.module).to(self.settings.device)
             stats = self._evaluate(self.test, average, 'Test of the moving average', progress.keep_rate)
             log(f'  moving average: acc@1 {stats["acc1"]:.4f}')
-            line |= {f'ema_test_{name}': stats[name] for name in ('loss', 'acc1', 'acc5')}
+            line |= _prefixed('ema_test', stats)
         accuracies = {'model': line['test_acc1']}
         if self.run_settings.ema_can_be_best:
             accuracies['model_ema'] = line['ema_test_acc1']
