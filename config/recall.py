@@ -112,8 +112,9 @@ def recalled_flags(args: argparse.Namespace, typed: set[str]) -> list[str]:
         return stored_flags(stored, [name for name in RECALLED_FLAGS if name not in without])
     if not args.finetune:
         return []
-    goes_on = args.auto_resume and holds_run(Path(args.output_dir)) and not Path(args.finetune).exists()
-    stored = stored_args(ckpt.load(args.output_dir if goes_on else args.finetune, newest=goes_on))
+    folder = args.output_dir if args.auto_resume else ''
+    goes_on = folder != '' and holds_run(Path(folder)) and not Path(args.finetune).exists()
+    stored = stored_args(ckpt.load(folder if goes_on else args.finetune, newest=goes_on))
     name = stored.get('model')
     if '--model' in typed:
         return stored_flags(stored, MODEL_FLAGS[1:]) if name == args.model else []

@@ -160,6 +160,14 @@ def test_resuming_in_the_own_folder_and_not_in_anothers(
     main([*more, '--resume', str(out)])
 
 
+def test_the_current_folder_is_no_output(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    argv = ['--only_test_speed', '--auto-resume', '--finetune', 'absent.pth']
+    assert 'absent.pth: no such checkpoint file' in fails(argv, capsys)
+
+
 def test_a_damaged_best_is_not_the_end(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(trained, tmp_path / 'out')
     (tmp_path / 'out' / 'best_checkpoint.pth').write_bytes(b'x')
