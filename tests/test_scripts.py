@@ -279,6 +279,7 @@ def test_the_fast_recipe(tmp_path: Path) -> None:
     for name, *recipe in (
         ('the recipe, 10 epochs', 'fast'),
         ('the recipe, 30 epochs', 'fast', '--epochs', '30'),
+        ('the recipe, 100 epochs', 'fast', '--epochs', '100'),
         ("the paper's recipe, 30 epochs", 'cifar10', '--epochs', '30'),
         ("the paper's recipe, 10 epochs", 'cifar10', '--epochs', '10'),
     ):
