@@ -270,7 +270,7 @@ def different_arguments(stored: Mapping[str, Any], args: Mapping[str, Any]) -> d
     return {
         name: f'--{name} was {_plain(stored[name])}, is {_plain(args[name])}'
         for name in names
-        if _plain(stored[name]) != _plain(args[name])
+        if stored[name] != args[name] and _plain(stored[name]) != _plain(args[name])  # 30 and 30.0 are one
     }
 
 
