@@ -35,6 +35,7 @@ def test_a_run_is_repeated_from_its_args_yaml(tmp_path: Path) -> None:
     args = [yaml.safe_load(Path(folder, 'args.yaml').read_text()) for folder in folders]
     different = {name for name in args[0] if args[0][name] != args[2][name]}
     assert args[0].keys() == args[2].keys() and different == {'seed', 'output_dir'}
+    assert main.main(config)['train_loss'] == json.loads(first)['train_loss']  # goes on in its own folder
     evit = ['--model', 'deit_tiny_patch16_224', '--drop_loc', '1', '2', '--checkpoint-every', '500', '--amp', 'off']
     for argv in ([], evit, ['--no-model-ema', '--no-aug', '--cutmix-minmax', '0.2', '0.8', '--output_dir', 'x']):
         args[0] = vars(parse_args([*argv, '--output_dir', 'x']))

@@ -295,6 +295,8 @@ def test_the_fast_recipe(tmp_path: Path) -> None:
     ):
         _, flags = flags_of(script('run_code.sh', 'fast', *further.split()))
         assert flags['mixup_prob'] * flags['cutmix'] == part, further
+    for epochs, policy in (('49', 'none'), ('50', 'rand-m5-mstd0.5-inc1')):
+        assert flags_of(script('run_code.sh', 'fast', '--epochs', epochs))[1]['aa'] == policy, epochs
     small = ['--data-set', 'DIGITS', '--input-size', '16', '--epochs', '2', '--num_workers', '0', '--device', 'cpu']
     small += ['--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '--train-fraction', '0.2']
     text = script('run_code.sh', 'fast', *small, DRY_RUN='', OUTPUT=str(tmp_path), OMP_NUM_THREADS='1')
