@@ -90,6 +90,8 @@ def evaluate_only(
     args: argparse.Namespace, model: nn.Module, test: Test, classes: list[str], checkpoint: dict[str, Any]
 ) -> dict[str, Any]:
     """Prints a model's accuracy, and writes its weights to `--export-safetensors`."""
+    if args.val_fraction or args.folds:
+        log('Note: --val-fraction and --folds are for training: this evaluates on the test images')
     recalled = args.base_keep_rate == stored_args(checkpoint).get('base_keep_rate')
     stats = test(model, 'Test', stored_keep_rate(args.model, checkpoint) if recalled else None)
     report_accuracy(stats)

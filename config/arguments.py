@@ -23,6 +23,7 @@ from config.flags import (
     SEED,
     FlagParser,
     add_data_flags,
+    refuse_inputs,
 )
 from config.models import is_evit
 from config.recall import config_flags, recalled_flags
@@ -345,6 +346,8 @@ def check_args(args: argparse.Namespace) -> None:
     ):  # fmt: skip
         if wrong:
             raise UsageError(message)
+    if args.export_safetensors:
+        refuse_inputs('--export-safetensors', args.export_safetensors, (args.resume, args.finetune, args.teacher_path))
     if trains and args.output_dir and not args.auto_resume:
         output = Path(args.output_dir)
         source = Path(args.resume).resolve()

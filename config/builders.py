@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -146,7 +146,9 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float, devic
         if args.opt_betas is not None:
             kwargs['betas'] = tuple(args.opt_betas)
             known = get_optimizer_info(args.opt.lower().rpartition('_')[2])
-            if known.has_betas and len(args.opt_betas) != known.num_betas:
+            if not known.has_betas:
+                raise ValueError('it takes no --opt-betas')
+            if len(args.opt_betas) != known.num_betas:
                 raise ValueError(f'--opt-betas takes {known.num_betas} numbers')
         optimizer = create_optimizer_v2(model, **kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError) as err:
@@ -172,4 +174,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         log(f'Note: --epochs {args.epochs} is not above --warmup-epochs {args.warmup_epochs}: the schedule never '
             'reaches its rate; lower --warmup-epochs')  # fmt: skip
     kwargs = scheduler_kwargs(args, decreasing_metric=True)  # plateau looks at the test loss
-    return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)[0]
+    scheduler: Any = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)[0]
+    if isinstance(scheduler, PlateauLRScheduler) and not scheduler.warmup_t:
+        scheduler.warmup_t = -1  # its step takes epoch 0 for warm-up, where there is none too
+    return scheduler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,6 +99,32 @@ AMOUNT, POSITIVE = number(float, low=0.0), number(float, low=0.0, low_open=True)
 PROBABILITY, PART = number(float, low=0.0, high=1.0), number(float, low=0.0, high=1.0, low_open=True)
 SEED = number(int, low=0, high=2**31 - 1)
 SECONDS = number(float, low=0.0, high=1e6, low_open=True)  # of a wait: polls take no more milliseconds than 2**31
+
+
+def output_file(*endings: str, devices: bool = False) -> Callable[[str], Path]:
+    """An argparse type: a file to write, whose name ends as such files do, so that a slip replaces none of other kinds.
+
+    Args:
+        devices: pipes and devices may be written to, whatever their names.
+    """
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f'{text} is a folder: give the name of a file')
+        device = path.exists() and not path.is_file()
+        if not (devices if device else path.suffix.lower() in endings):
+            raise argparse.ArgumentTypeError(f'{text} must be a file that ends in {" or ".join(endings)}')
+        return path
+
+    return parse
+
+
+def refuse_inputs(flag: str, out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raises UsageError if what a flag has written is one of the files that are read."""
+    for path in inputs:
+        if path and Path(out).exists() and Path(path).exists() and Path(out).samefile(path):
+            raise UsageError(f'{flag} {out} would replace {path}, which is read: give another name')
 
 
 def data_set(text: str) -> str:

@@ -100,22 +100,22 @@ def recalled_flags(args: argparse.Namespace, typed: set[str]) -> list[str]:
         InputError: if the checkpoint cannot be read.
         UsageError: if it does not say its model, and the flags do not either.
     """
-    if args.eval and args.resume:
-        stored = stored_args(ckpt.load(args.resume))
+    source = (args.eval and args.resume) or args.finetune
+    if not source:
+        return []
+    folder = args.output_dir if args.auto_resume and not args.eval else ''
+    goes_on = folder != '' and holds_run(Path(folder)) and not Path(source).exists()
+    stored = stored_args(ckpt.load(folder if goes_on else source, newest=goes_on))
+    name = stored.get('model')
+    if args.eval and (args.resume or isinstance(name, str)):
         without: tuple[str, ...] = ()
         if '--data-set' in typed:  # how the other one lies says nothing about this one
             without = LAYOUT_FLAGS
         elif typed & {'--use-lmdb', '--no-use-lmdb'}:
             without = ('data_layout',)
-        if not is_evit(args.model if '--model' in typed else str(stored.get('model'))):
+        if not is_evit(args.model if '--model' in typed else str(name)):
             without += EVIT_FLAGS
         return stored_flags(stored, [name for name in RECALLED_FLAGS if name not in without])
-    if not args.finetune:
-        return []
-    folder = args.output_dir if args.auto_resume else ''
-    goes_on = folder != '' and holds_run(Path(folder)) and not Path(args.finetune).exists()
-    stored = stored_args(ckpt.load(folder if goes_on else args.finetune, newest=goes_on))
-    name = stored.get('model')
     if '--model' in typed:
         return stored_flags(stored, MODEL_FLAGS[1:]) if name == args.model else []
     if not isinstance(name, str):

@@ -54,6 +54,8 @@ def show_value(value: Any) -> str:
             for item in value
         ]
         return ' '.join(shown) or 'none'
+    if isinstance(value, float):  # 30.0 and 30 are the same
+        return f'{value:.12g}'
     return printable('not given' if value is None else value if value != '' else 'none')
 
 
@@ -290,7 +292,7 @@ def _settings(run: LoggedRun) -> dict[str, str]:
     ignored = NO_MATTER | {'seed'} | (SEEN_IN_DERIVED if run.derived else set())
     found = {name: value for name, value in run.args.items() if name not in ignored}
     found |= {name: run.derived[name] for name in DERIVED if name in run.derived}
-    return {name: json.dumps(value, default=str) for name, value in found.items()}
+    return {name: show_value(value) for name, value in found.items()}
 
 
 def _tell_apart(values: Sequence[str]) -> list[str]:

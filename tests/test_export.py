@@ -114,10 +114,13 @@ def test_timm_prepares_images_as_evaluation_does(size: int, tmp_path: Path) -> N
     assert torch.equal(transform(image), build_transform(train=False, input_size=size)(image))
 
 
-def test_safetensors_is_a_checkpoint(tmp_path: Path) -> None:
+def test_safetensors_is_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, model = make('deit_tiny_patch16_shrink_base', tmp_path)
     out = tmp_path / 'm.safetensors'
     run(path, '--format', 'safetensors', '--out', out)
+    whole = out.read_bytes()
+    run(out, '--format', 'safetensors', '--out', out, expect=2)
+    assert 'which is read: give another name' in capsys.readouterr().err and out.read_bytes() == whole
     with safe_open(out, 'pt') as file:
         about = json.loads(file.metadata()['dhvt'])
     assert about['classes'] == CLASSES and about['timm']['label_names'] == CLASSES and about['epoch'] == 3

@@ -287,6 +287,7 @@ def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
         (['--model-kwargs', 'patch_size=3'], 'power of two'),
         (['--input-size', '30'], 'not divisible by patch size 4'),
         (['--opt', 'nonsense'], 'nonsense'),
+        (['--opt', 'sgd', '--opt-betas', '0.9', '0.9'], '--opt sgd: it takes no --opt-betas'),
         (['--aa', 'nonsense'], 'timm refuses'),
         (['--device', 'cuda:99'], 'needs GPU 99'),
         (['--world_size', '2', '--local_rank', '5'], 'outside --world_size'),
@@ -413,6 +414,21 @@ def test_evaluation_finds_relative_data_from_elsewhere(
 def test_plateau_without_warmup_keeps_its_rate(flags: list[str], tmp_path: Path) -> None:
     main([*flags, '--sched', 'plateau', '--epochs', '3', '--output_dir', str(tmp_path / 'out')])
     assert [line['train_lr'] for line in log_lines(tmp_path / 'out')] == pytest.approx([0.1 * 8 / 512] * 3)
+
+
+def test_evaluating_takes_up_the_runs_flags(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From --finetune as from --resume; a file that is read is not what the weights are exported to."""
+    logged = main([*flags, '--epochs', '1', '--output_dir', str(tmp_path)])['test_acc1']
+    weights = str(tmp_path / 'w.safetensors')
+    argv = ['--device', 'cpu', '--num_workers', '0', '--eval', '--val-fraction', '0.1', '--export-safetensors', weights]
+    for flag, source in (('--resume', str(tmp_path)), ('--finetune', str(tmp_path / 'checkpoint.pth'))):
+        assert main([*argv, flag, source])['test_acc1'] == logged
+        assert '--val-fraction and --folds are for training' in capsys.readouterr().out
+    whole = Path(weights).read_bytes()
+    code, error = fails([*argv, '--finetune', weights], capsys)
+    assert code == 2 and 'which is read' in error and Path(weights).read_bytes() == whole
 
 
 def test_evaluating_with_a_new_head_is_refused(

@@ -15,6 +15,7 @@ from training.schema import check_optimizer
 from utils import InputError
 
 NAMES = [name for name in list_optimizers() if name != 'adahessian']  # which the flags refuse
+NAMES += ['lookahead_adamw', 'lookahead_sgd', 'lookahead_muon']
 
 
 def make(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:

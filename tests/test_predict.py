@@ -161,8 +161,10 @@ def test_bad_images_are_named_and_skipped(made: Made, tmp_path: Path, capsys: py
     assert (tmp_path / 'p.csv').read_bytes() == before
     run(made.checkpoint, good, '--out', os.devnull)
     assert not Path(os.devnull).is_file()
-    run(made.checkpoint, good, '--out', folder, expect=1)
-    assert f'{folder}: Is a directory' in capsys.readouterr().err
+    for out, message in ((folder, 'is a folder'), (made.checkpoint, 'ends in .csv or .jsonl'), (good, 'ends in .csv')):
+        whole = Path(out).stat()
+        run(made.checkpoint, good, '--out', out, expect=2)
+        assert f'{out} ' in (err := capsys.readouterr().err) and message in err and Path(out).stat() == whole
     assert names_in(tmp_path) == ['empty', 'in', 'no.lmdb', 'p.csv']
 
 

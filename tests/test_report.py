@@ -270,6 +270,14 @@ def test_what_a_person_varied(tmp_path: Path) -> None:
     assert 'data' not in runs.find_differences(found) and runs.find_differences(found)['fold'] == ['0', '1', '2']
 
 
+def test_a_whole_number_is_the_same_setting_as_a_float(tmp_path: Path) -> None:
+    """As args.yaml gives one back."""
+    for name, epochs in (('a', 30), ('b', 30.0)):
+        make_run(tmp_path / name, decay_epochs=epochs)
+    found = runs.read_runs([tmp_path / 'a', tmp_path / 'b'])
+    assert not runs.find_differences(found) and len(runs.group_by_settings(found)) == 1
+
+
 def test_columns_that_no_run_has_are_left_out(tmp_path: Path) -> None:
     for number in range(2):
         lines = make_run(tmp_path / str(number), seed=number)
@@ -565,7 +573,9 @@ def test_bad_input(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([str(run / 'log.txt')], 1, 'not a folder'),
         ([str(tmp_path / 'empty')], 1, 'empty holds no run'),
         ([str(run), f'{run}/../run'], 2, 'given twice'),
-        ([str(run), '--out', str(tmp_path / 'empty')], 1, 'empty is a folder: give the name'),
+        ([str(run), '--out', str(tmp_path / 'empty')], 2, 'empty is a folder: give the name'),
+        ([str(run), '--out', str(run / 'log.txt')], 2, 'log.txt must be a file that ends in .html'),
+        ([str(run), '--out', '/dev/null'], 2, '/dev/null must be a file that ends in .html'),
         ([str(digits), '--out', str(tmp_path / 'x.html'), '--device', 'cuda:99'], 2, '--device'),
     ):
         assert (found := fails(argv, capsys))[0] == code and message in found[1], found

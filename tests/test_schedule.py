@@ -105,6 +105,24 @@ def test_plateau_goes_on_to_the_bit(noise: list[str], tmp_path: Path) -> None:
     assert forced['history'][-1]['train_lr'] == pytest.approx(2 * rates[-1])
 
 
+@pytest.mark.parametrize(
+    'place', [['--start_epoch', '1'], ['--start_epoch', '3', '--warmup-epochs', '1', '--lr-delay-epochs', '0']]
+)
+def test_plateau_starts_later_at_its_rate(place: list[str], tmp_path: Path) -> None:
+    argv = [*DIGITS, *PLATEAU, '--lr', '0.05', '--patience-epochs', '9', '--output_dir', str(tmp_path)]
+    assert main([*argv, *place])['train_lr'] == pytest.approx(0.05 * 128 / 512)
+
+
+def test_plateau_goes_on_with_another_batch(tmp_path: Path) -> None:
+    """From inside the first epoch, which timm's plateau takes for warm-up."""
+    argv = [*DIGITS, *PLATEAU, '--epochs', '1', '--checkpoint-every', '8', '--output_dir', str(tmp_path)]
+    main(argv)
+    middle = tmp_path / 'previous_checkpoint.pth'
+    assert ckpt.load(str(middle))['progress']['batch'] == 8
+    again = main([*argv, '--accum-steps', '2', '--force-resume', '--resume', str(middle)])
+    assert again['train_lr'] == pytest.approx(1e-6 * 128 * 2 / 512)
+
+
 def test_a_warm_up_without_end_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     for warmup in ('0', '1'):
         main([*DIGITS, '--epochs', '1', '--warmup-epochs', warmup])

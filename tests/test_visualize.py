@@ -156,6 +156,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
             sizes.append(sheet.size)
             assert np.asarray(sheet.convert('L')).std() > 20
     said = capsys.readouterr().out.splitlines()
+    with pytest.raises(SystemExit, match='2'):
+        visualize.main(['attention', dhvt, *names, '--out', names[1]])
+    assert 'which is read: give another name' in capsys.readouterr().err
     assert all('; predicted: ' in line for line in said)
     assert '2 images of 16x24 px, layers 0, 1' in said[0] and '24x16 px, layers 0' in said[2]
     assert sizes[0][1] > 1.5 * sizes[1][1] and sizes[1][0] > sizes[2][0]  # a row a layer; no columns for head tokens

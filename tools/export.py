@@ -34,7 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
-from config.flags import FlagParser
+from config.flags import FlagParser, refuse_inputs
 from config.pretrained import Settings, add_checkpoint_flags, compare, fold_if_equal, load_chosen, load_trained
 from pipeline.transforms import SMALL_IMAGE
 from reports.card import Origin, model_card
@@ -257,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.push and args.format != 'timm':
             raise UsageError('--push uploads what timm loads: give --format timm')
         out = find_target(args.format, Path(args.out))
+        refuse_inputs('--out', out, [args.checkpoint])
         url = hub_url(args.push) if args.push else None
         if args.fold_bn and args.format in ('safetensors', 'timm'):
             raise UsageError(

@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
-from config.flags import COUNT, FROM_ONE, FlagParser, usable_workers
+from config.flags import COUNT, FROM_ONE, FlagParser, output_file, usable_workers
 from config.pretrained import Settings, add_checkpoint_flags, fold_if_equal, load_chosen
 from engine import forward
 from pipeline.file_dataset import FileDataset
@@ -60,7 +60,8 @@ def get_args_parser() -> FlagParser:
     parser = FlagParser(PROGRAM, description='Name what images show.')
     add_checkpoint_flags(parser)
     parser.add_argument('inputs', nargs='+', metavar='INPUT', help='image, folder, .lmdb file, or - for a list')
-    parser.add_argument('--out', metavar='FILE', help='the file to write; standard output if not given')
+    parser.add_argument('--out', metavar='FILE', type=output_file('.csv', '.jsonl', devices=True),
+                        help='the file to write; standard output if not given')  # fmt: skip
     parser.add_argument(
         '--format', choices=('csv', 'jsonl'), help='of the rows; by the ending of --out if not given, else csv'
     )
@@ -189,7 +190,7 @@ def write_jsonl(file: IO[str], topk: int) -> Callable[[Row], object]:
 WRITERS = {'csv': write_csv, 'jsonl': write_jsonl}
 
 
-def write_to(out: str | None, write: Callable[[IO[str]], None]) -> None:
+def write_to(out: Path | None, write: Callable[[IO[str]], None]) -> None:
     """Has text written to a file, which gets its name when it is whole; to pipes and standard output as it comes.
 
     Names of files are the bytes in it that they are on the disk.
@@ -205,13 +206,12 @@ def write_to(out: str | None, write: Callable[[IO[str]], None]) -> None:
         text: Any = codecs.getwriter('utf-8')(file, 'surrogateescape')
         write(text)
 
-    path = Path(out)
-    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
-        with open(path, 'wb') as file:
+    if out.exists() and not out.is_file():  # a pipe or a device is written to, not replaced
+        with open(out, 'wb') as file:
             write_bytes(file)
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ckpt.write_file(path, write_bytes)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ckpt.write_file(out, write_bytes)
 
 
 @torch.inference_mode()

@@ -14,16 +14,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
-from config.flags import COUNT, FlagParser
+from config.flags import COUNT, FlagParser, output_file
 from pipeline.workers import no_children_left
 from reports import page
-from utils import InputError
 
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser('report.py', description='Draw runs of main.py: an HTML file with everything inside, and PNGs.')
     parser.add_argument('folders', nargs='+', type=Path, metavar='OUTPUT', help="a run's --output_dir")
-    parser.add_argument('--out', type=Path, help='the HTML file; report.html, in the folder of the run if it is one')
+    parser.add_argument('--out', type=output_file('.html'),
+                        help='the HTML file; report.html, in the folder of the run if it is one')  # fmt: skip
     parser.add_argument('--no-predictions', dest='predictions', action='store_false',
                         help='leave out what needs the checkpoint and images')  # fmt: skip
     parser.add_argument('--mistakes', default=24, type=COUNT, help='how many of the most confident mistakes are shown')
@@ -36,8 +36,6 @@ def get_args_parser() -> FlagParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     with one_line_errors('report.py'), no_children_left():
-        if args.out and args.out.is_dir():
-            raise InputError(f'--out {args.out} is a folder: give the name of the HTML file')
         made = page.make(**vars(args))
         print(f'{made}, and PNGs in {made.stem}_figures')
 

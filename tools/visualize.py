@@ -39,7 +39,7 @@ from torchvision.transforms.v2 import functional as pixels_to
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
-from config.flags import COUNT, FROM_ONE, PART, FlagParser
+from config.flags import COUNT, FROM_ONE, PART, FlagParser, output_file, refuse_inputs
 from config.models import evit_kwargs
 from config.pretrained import Settings, add_checkpoint_flags, load_chosen, read_image
 from models.dhvt import DHVT
@@ -60,7 +60,7 @@ def get_args_parser() -> FlagParser:
     parser.add_argument('what', choices=('attention', 'evit-mask'), help='where attention goes, or what EViT keeps')
     add_checkpoint_flags(parser)
     parser.add_argument('images', nargs='+', metavar='IMAGE', type=os.path.abspath, help='files that Pillow opens')
-    parser.add_argument('--out', type=os.path.abspath, help='the PNG to write (attention.png, evit-mask.png)')
+    parser.add_argument('--out', type=output_file('.png'), help='the PNG to write (attention.png, evit-mask.png)')
     group = parser.add_argument_group('attention')
     group.add_argument('--layers', nargs='+', type=COUNT, help='blocks, counted from 0; the last of each quarter')
     group.add_argument('--size', nargs=2, type=FROM_ONE, metavar=('H', 'W'), help="pixels; the checkpoint's")
@@ -316,8 +316,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ('base_keep_rate', 'fuse_token') if args.what == 'attention' else ('layers', 'size'):
             if getattr(args, name):
                 raise UsageError(f'--{name} is not for {args.what}')
-        write, said = (attention if args.what == 'attention' else evit_mask)(args)
         out = Path(args.out or f'{args.what}.png')
+        refuse_inputs('--out', out, args.images)
+        write, said = (attention if args.what == 'attention' else evit_mask)(args)
         out.parent.mkdir(parents=True, exist_ok=True)
         ckpt.write_file(out, write)
         print(f'{out}: {said}')

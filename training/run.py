@@ -79,6 +79,7 @@ class Run:
     def start_at(self, epoch: int) -> None:
         """Begins with another epoch than the first."""
         self.progress.epoch = epoch
+        self.state.scheduler.update_groups(self.state.scheduler.base_values)  # which plateau goes on from
         self._set_rates()
 
     def _count_updates(self) -> int:

@@ -75,6 +75,11 @@ def is_line(value: Any) -> bool:
     )
 
 
+def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that has the state: the one inside timm's Lookahead."""
+    return getattr(optimizer, '_base_optimizer', optimizer)
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str) -> dict[str, Any]:
     """Compares an optimizer's state with what the optimizer itself makes in a step on gradients of zero.
 
@@ -84,7 +89,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str) -
     Raises:
         InputError: if it is of other parameters, or not of such an optimizer.
     """
-    probe = copy.deepcopy(optimizer)
+    probe = copy.deepcopy(base_optimizer(optimizer))
     for group in probe.param_groups:
         for parameter in group['params']:
             parameter.grad = torch.zeros_like(parameter)

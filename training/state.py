@@ -12,7 +12,7 @@ from timm.scheduler import PlateauLRScheduler
 from torch import Tensor, nn
 
 from training.ema import MovingAverage
-from training.schema import check_like, check_optimizer, is_count, is_line, is_number
+from training.schema import base_optimizer, check_like, check_optimizer, is_count, is_line, is_number
 from training.weights import check_whole, model_weights, stored_args
 from utils import EpochSums, InputError, log, one_line
 
@@ -157,7 +157,7 @@ def as_best(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Gives an optimizer's state the memory layout of its parameters, which fused kernels take for granted."""
-    for parameter, entries in optimizer.state.items():
+    for parameter, entries in base_optimizer(optimizer).state.items():
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -233,8 +233,9 @@ def load_state(parts: TrainState, state: Mapping[str, Any], source: str, *, sche
     progress = read_progress(state, source)
     try:
         plateau = isinstance(parts.scheduler, PlateauLRScheduler)  # its rate is a state: a part of the first one
+        kept = ('params', 'lookahead_step')  # are no options
         options = [
-            {key: value for key, value in group.items() if key != 'params'} for group in parts.optimizer.param_groups
+            {key: value for key, value in group.items() if key not in kept} for group in parts.optimizer.param_groups
         ]
         parts.model.load_state_dict(weights)
         if parts.model_ema is not None:
