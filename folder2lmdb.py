@@ -234,7 +234,7 @@ def check_lmdb(path: Path, *, workers: int = 2) -> str:
 def get_args_parser() -> FlagParser:
     parser = FlagParser('folder2lmdb.py', description='Write train.lmdb and val.lmdb, for main.py --use-lmdb; and '
                         'test.lmdb, where test/ stands beside the folder that validates.')  # fmt: skip
-    parser.add_argument('--dir', type=os.path.abspath, help="the data set's folder, as main.py's --data-path")
+    parser.add_argument('--dir', '--data-path', type=os.path.abspath, help="the data set's folder, as for main.py")
     parser.add_argument('--out', type=os.path.abspath, help='folder of the LMDB files; --dir by default')
     parser.add_argument('--max-size', type=FROM_ONE, metavar='PIXELS', help='make larger images smaller, to so many '
                         'pixels of the shorter side, as JPEGs of quality 95: faster to read, other pixels')  # fmt: skip

@@ -52,7 +52,7 @@ case $recipe in
         flags=(--input-size 32 --epochs 10 --opt muon --lr 3.2e-2 --warmup-epochs 1 --sched-on-updates --drop-path 0
             --no-repeated-aug --aa none --color-jitter 0 --reprob 0 --mixup 0 --cutmix 0
             --model-ema-warmup --model-ema-decay 0.998)
-        epochs=10 pattern='.* --epochs[= ]([0-9]+)' # the last, as main.py takes it
+        epochs=10 pattern='.* --epochs[= ]([0-9]{1,9})' # the last, as main.py takes it
         [[ " $*" =~ $pattern ]] && epochs=${BASH_REMATCH[1]}
         [ "$epochs" -lt 20 ] || flags+=(--cutmix 1 --mixup-prob 0.5)
         [ "$epochs" -lt 50 ] || flags+=(--aa rand-m5-mstd0.5-inc1)

@@ -16,6 +16,7 @@
 #SBATCH --open-mode=append
 set -eo pipefail
 if [ -z "$SLURM_JOB_ID" ]; then
+    . "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh" # which answers --help
     echo 'error: this is a job for SLURM: sbatch slurm.sh [RECIPE] [further flags]' >&2
     exit 2
 fi

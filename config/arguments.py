@@ -32,7 +32,7 @@ from utils import UsageError
 
 TEACHER_FLAGS = ('distillation_alpha', 'distillation_tau', 'teacher_model', 'teacher_path')
 
-EXAMPLES = """examples:
+EXAMPLES = r"""examples:
   train on digits, a minute on two CPU cores (run_code.sh has the published recipes):
     bash run_code.sh digits
   the same run with another seed:

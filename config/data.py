@@ -79,9 +79,10 @@ def load_splits(
         )
     if splits.train is not None and len(set(splits.train.targets.tolist())) == 1:
         only = splits.train.classes[splits.train.target(0)]
+        part = f' with --train-fraction {args.train_fraction:g}' if args.train_fraction < 1 else ''
         raise InputError(
-            f'all training images in {args.data_path} are of one class, {only}: nothing is to be told apart. They are '
-            'read from <split>/<class>/<image>'
+            f'all training images in {args.data_path}{part} are of one class, {only}: nothing is to be told apart. '
+            'They are read from <split>/<class>/<image>'
         )
     return splits
 

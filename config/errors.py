@@ -105,6 +105,8 @@ def one_line_errors(program: str) -> Iterator[None]:
         except OSError as err:
             if err.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
                 leave(program, f'{one_line(err)}: fewer --num_workers need less', 1)
+            if isinstance(err, FileExistsError):
+                leave(program, f'{err.filename} is a file, where a folder is to be: give another name', 1)
             leave(program, f'{err.filename}: {err.strerror}' if err.filename and err.strerror else one_line(err), 1)
         except (RuntimeError, MemoryError) as err:
             if _lacks_memory(err):

@@ -329,7 +329,8 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         bad = torch.nonzero(self._bad).flatten().tolist()
         if len(bad) > MAX_BAD * len(self):
             where = shorten(map(self._where, bad), most=20)
-            raise InputError(f'{len(bad)} of {len(self)} images cannot be read, more than {MAX_BAD:.0%}: {where}')
+            raise InputError(f'{len(bad)} of {len(self)} images cannot be read, more than {MAX_BAD:.0%}: {where}. '
+                             'Repair or remove them')  # fmt: skip
 
     def log_bad_images(self) -> None:
         """Logs, each once, the images that any process found bad since the last call. All processes must call it.

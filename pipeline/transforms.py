@@ -87,8 +87,7 @@ class Augmentation:
                 std=std,
             )
         except (AssertionError, ValueError, KeyError, NotImplementedError) as err:
-            flags = f'--aa {self.auto_augment} --remode {self.re_mode}'
-            raise UsageError(f'{flags}: timm refuses this ({one_line(err)})') from None
+            raise UsageError(f'--aa {self.auto_augment}: timm refuses this ({one_line(err)})') from None
         if self.is_small:
             transform.transforms[:1] = [*self._resize(), transforms.RandomCrop(self.input_size, padding=PADDING)]
         return transform

@@ -24,7 +24,7 @@ from reports.runs import (
 )
 from reports.seeds import seed_statistics
 from training import checkpoint as ckpt
-from utils import InputError, format_seconds, one_line, shorten
+from utils import InputError, format_seconds, log, one_line, shorten
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -158,6 +158,8 @@ def make(
     found: Predictions | str = 'they were not asked for (--no-predictions)'
     if predictions:
         found = predict(best, data_path=data_path, device=device, num_workers=num_workers, stop=stop)
+        if isinstance(found, str):
+            log(f'Note: the report has no predictions: {found}')
     described = None if isinstance(found, str) else describe_predictions(found, mistakes)
     pictures = [*draw_log(runs)]
     page = TEMPLATES.get_template('page.html').render(

@@ -140,7 +140,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_examples_of_help_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main.main([*RUN, '--output_dir', 'output/digits'])
-    examples = re.findall(r'^    python main.py (.*)$', get_args_parser().format_help(), re.MULTILINE)
+    text = get_args_parser().format_help().replace('\\\n', '')
+    examples = re.findall(r'^    python main.py (.*)$', text, re.MULTILINE)
     assert len(examples) == 4
     for example in examples:
         assert parse_args(example.split()).model == SMALL_MODEL[1]

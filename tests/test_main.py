@@ -369,7 +369,9 @@ def test_another_run_is_not_overwritten_by_a_resumed_one(
 def test_output_that_is_a_file(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / 'out').touch()
     code, error = fails([*flags, '--output_dir', str(tmp_path / 'out')], capsys)
-    assert code == 1 and error == f'main.py: error: {tmp_path / "out"}: File exists\n'
+    assert code == 1 and error == (
+        f'main.py: error: {tmp_path / "out"} is a file, where a folder is to be: give another name\n'
+    )
 
 
 def test_resume_with_other_flags(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,12 +149,13 @@ def test_deit_and_evit_recipes_run(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    'name', ['run_code.sh', 'finetune.sh', 'check.sh', 'tools/benchmarks.sh', 'tools/full_size.sh']
+    'name', ['run_code.sh', 'finetune.sh', 'slurm.sh', 'check.sh', 'tools/benchmarks.sh', 'tools/full_size.sh']
 )
 def test_help_is_the_comment_on_top(name: str) -> None:
     for flag in ('-h', '--help'):
-        lines = script(name, flag).splitlines()
-        assert f'bash {name}' in lines[0] and not [line for line in lines if line.startswith(('#', 'set '))]
+        lines = script(name, flag, SLURM_JOB_ID='').splitlines()
+        assert re.search(rf'(bash|sbatch .*) {re.escape(name)}', lines[0])
+        assert not [line for line in lines if line.startswith(('#', 'set '))]
 
 
 def test_default_and_further_flags() -> None:
@@ -211,6 +212,11 @@ def test_the_total_batch_does_not_depend_on_the_processes() -> None:
             assert 'torch.distributed' not in launcher
     assert "not '08'" in script('run_code.sh', 'cifar100', expect=2, NPROC='08')
     assert 'cannot be run' in script('run_code.sh', expect=2, PYTHON='/nowhere/python')
+    for port in ('abc', '65536', '0'):
+        said = script('run_code.sh', 'cifar100', expect=2, NNODES='2', MASTER_ADDR='host0', MASTER_PORT=port)
+        assert f"MASTER_PORT are whole numbers from 1 to 65535, not '{port}'" in said
+    for epochs in ('100', '100 300 5', '0 1', 'a b'):
+        assert 'EPOCHS is two whole numbers' in script('tools/full_size.sh', '1', expect=2, EPOCHS=epochs)
     assert 'cannot be shared out' in script('run_code.sh', 'cifar100', expect=2, NPROC='3')
     assert 'MASTER_ADDR' in script('run_code.sh', 'cifar100', expect=2, NNODES='2', MASTER_ADDR='')
 
@@ -227,7 +233,7 @@ def test_a_restart_finds_its_folder_again(tmp_path: Path) -> None:
     assert not flags_of(script('run_code.sh', '--no-auto-resume', '--output_dir', 'x'))[1]['auto_resume']
     launcher, _ = flags_of(script('run_code.sh', RESTARTS='3'))
     assert '--nproc_per_node 1 --max_restarts 3 --standalone' in launcher
-    assert "RESTARTS is a whole number, not 'x'" in script('run_code.sh', expect=2, RESTARTS='x')
+    assert "RESTARTS is a whole number below 100000, not 'x'" in script('run_code.sh', expect=2, RESTARTS='x')
 
 
 def test_slurm_starts_a_task_for_each_gpu(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ def check_further(table: Table, further: Sequence[str], kwargs: Sequence[str]) -
     """
     for arg in further:
         if flag_name(arg) in {*OWN_FLAGS, *table.fixed}:
-            owner = 'ablate.py' if flag_name(arg) in OWN_FLAGS else "this table's rows"
+            own = flag_name(arg) in OWN_FLAGS
+            owner = 'ablate.py, by --seeds, --folds and --output' if own else "this table's rows"
             raise UsageError(f'{arg.partition("=")[0]} is set by {owner}')
     taken = {option.partition('=')[0] for row in table.rows for option in row.options.split()}
     for text in kwargs:

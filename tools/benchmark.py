@@ -177,7 +177,7 @@ def describe_machine() -> str:
 
 
 def get_args_parser() -> FlagParser:
-    parser = FlagParser('benchmark.py', description=(__doc__ or '').splitlines()[0])
+    parser = FlagParser('benchmark.py', description=f"{(__doc__ or '').splitlines()[0]} Further flags are main.py's.")
     parser.add_argument('what', choices=('step', 'eval', 'loader'), help='the part of a run that is timed')
     parser.add_argument('--baseline', default='', metavar='FLAGS', help='the variant that others are compared with')
     parser.add_argument('--candidate', action='append', default=[], metavar='FLAGS',

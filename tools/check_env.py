@@ -1,11 +1,11 @@
 """Says whether this Python satisfies pyproject.toml: exit code 0 if it does, 1 and a line each for what does not.
 
-Asks for what training needs, and runs without any package installed. Names after the command are optional groups that
-must be there too: `python tools/check_env.py check`.
+Asks for what training needs, and runs without any package installed.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from importlib import metadata
@@ -55,10 +55,13 @@ def import_error() -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser('check_env.py', description=__doc__)
+    parser.add_argument('groups', nargs='*', metavar='GROUP', help='optional one that must be there too, such as check')
+    groups = parser.parse_args().groups
     if sys.version_info < (3, 10):  # noqa: UP036  this file runs before anything has checked it
         raise SystemExit(f'Python 3.10 or later is needed, this is {sys.version.split()[0]}')
     pyproject = (Path(__file__).resolve().parent.parent / 'pyproject.toml').read_text(encoding='utf-8')
-    problems = unmet(required(pyproject, sys.argv[1:])) or import_error()
+    problems = unmet(required(pyproject, groups)) or import_error()
     if problems:
         raise SystemExit('\n'.join(problems))
 

@@ -17,7 +17,11 @@ fi
 end=$((SECONDS + 60 * $1))
 shift
 output=${OUTPUT:-output/full-size}
-read -r fast paper <<< "${EPOCHS:-100 300}"
+if ! [[ ${EPOCHS:=100 300} =~ ^[1-9][0-9]*\ [1-9][0-9]*$ ]]; then
+    echo "error: EPOCHS is two whole numbers, of fast and of the paper's recipe, not '$EPOCHS'" >&2
+    exit 2
+fi
+read -r fast paper <<< "$EPOCHS"
 data=()
 [ -z "$DATA" ] || data=(--data-set FOLDER)
 find_python

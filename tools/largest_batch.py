@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config.arguments import parse_args
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, FlagParser
 from utils import InputError, UsageError
@@ -28,7 +29,8 @@ FLAG_SETS: tuple[list[str], ...] = ([], ['--grad-checkpointing'], ['--accum-step
 
 
 def get_args_parser() -> FlagParser:
-    parser = FlagParser('largest_batch.py', description='The largest --batch-size in 8, 16 and 24 GiB.')
+    description = "The largest --batch-size in 8, 16 and 24 GiB. Further flags are main.py's."
+    parser = FlagParser('largest_batch.py', description=description)
     parser.add_argument('--batch-sizes', type=FROM_ONE, nargs='+', default=[16, 32, 48], help='that are measured')
     return parser
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors('largest_batch.py'):
         if len(set(sizes)) < 2:
             raise UsageError('--batch-sizes: a line needs two sizes at least')
+        parse_args(flags)
         titles = [*(f'batch {size}, GiB' for size in sizes), *(f'largest in {room} GiB' for room in MEMORY_GIB)]
         print(f'| | {" | ".join(titles)} |\n{"|---" * (len(titles) + 1)}|')
         for further in FLAG_SETS:

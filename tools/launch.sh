@@ -3,7 +3,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 case ${1:-} in
-    -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[1]}"; exit ;; # the comment on top of the script
+    -h | --help) sed -n '2,/^set/{/^set/d;/^#SBATCH/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[1]}"; exit ;; # the comment on top of the script
 esac
 
 # find_python [GROUP…]: sets python to an interpreter that has the packages of pyproject.toml (and of the optional
@@ -18,6 +18,7 @@ find_python() {
         if [ -n "$candidate" ] && command -v "$candidate" > /dev/null \
             && "$candidate" "$root/tools/check_env.py" "$@" > /dev/null 2>&1; then
             python=$candidate
+            [ "${PYTHON:-$python}" = "$python" ] || echo "PYTHON=$PYTHON lacks packages, so $python is used" >&2
             return
         fi
     done
@@ -71,9 +72,9 @@ launch() {
     local name=$1 model=$2 total=$3
     shift 3
     local nnodes=${NNODES:-1} accum=${ACCUM:-1} nproc=${NPROC:-} restarts=${RESTARTS:-0} command gpus number line
-    for number in "${nproc:-1}" "$nnodes" "$accum"; do
-        if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
-            echo "error: NPROC, NNODES and ACCUM are whole numbers from 1 on, not '$number'" >&2
+    for number in "${nproc:-1}" "$nnodes" "$accum" "${MASTER_PORT:-1}"; do
+        if ! [[ $number =~ ^[1-9][0-9]{0,4}$ && $number -le 65535 ]]; then
+            echo "error: NPROC, NNODES, ACCUM and MASTER_PORT are whole numbers from 1 to 65535, not '$number'" >&2
             exit 2
         fi
     done
@@ -85,8 +86,8 @@ launch() {
         done
         [ "$nproc" -eq "$gpus" ] || echo "Using $nproc of $gpus GPUs, so that they share a total batch of $total evenly."
     fi
-    if ! [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]]; then
-        echo "error: RESTARTS is a whole number, not '$restarts'" >&2
+    if ! [[ $restarts =~ ^(0|[1-9][0-9]{0,4})$ ]]; then
+        echo "error: RESTARTS is a whole number below 100000, not '$restarts'" >&2
         exit 2
     fi
     local parts=$((nproc * nnodes * accum))

@@ -44,7 +44,7 @@ def find_device(name: str | None, *, process: Process | None = None) -> torch.de
         if index is None:  # SLURM may show each of a machine's processes its own GPU only
             index = 0 if count == 1 and process.launcher == 'slurm' else process.local_rank
         if index >= count:
-            need = f'process {process.rank} needs GPU {index}, but this machine shows {count}'
+            need = f'process {process.rank} needs GPU {index}, but this machine shows {count or "none; use cpu"}'
             raise UsageError(f'--device {name}: {need}')
         device = torch.device('cuda', index)
         torch.cuda.set_device(device)
