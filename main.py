@@ -90,8 +90,8 @@ def evaluate_only(
     args: argparse.Namespace, model: nn.Module, test: Test, classes: list[str], checkpoint: dict[str, Any]
 ) -> dict[str, Any]:
     """Prints a model's accuracy, and writes its weights to `--export-safetensors`."""
-    if args.val_fraction or args.folds:
-        log('Note: --val-fraction and --folds are for training: this evaluates on the test images')
+    if args.val_fraction or args.folds or args.train_fraction < 1:
+        log('Note: --val-fraction, --folds and --train-fraction are for training: this is on all test images')
     recalled = args.base_keep_rate == stored_args(checkpoint).get('base_keep_rate')
     stats = test(model, 'Test', stored_keep_rate(args.model, checkpoint) if recalled else None)
     report_accuracy(stats)
@@ -217,7 +217,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     derived = {'lr_scaled': lr, 'nb_classes': num_classes, 'n_parameters': num_parameters, 'best_chosen_on': chosen_on,
                **fingerprint}  # fmt: skip
     progress = training.progress
-    output.begin({**vars(args), 'derived': derived}, lines=progress.history, timings=progress.timings)
+    output.begin({**vars(args), 'derived': derived}, lines=progress.history, timings=progress.timings,
+                 best=progress.best)  # fmt: skip
     if args.log_wandb and is_main_process():
         output.writers.append(WandbRun(output.path, {**vars(args), **derived}, project=args.wandb_project,
                                        name=args.experiment, tags=args.wandb_tags))  # fmt: skip

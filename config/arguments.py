@@ -144,7 +144,8 @@ def get_args_parser() -> FlagParser:
     group.add_argument('--min-lr', default=1e-5, type=AMOUNT, help='at the end, not scaled')
     group.add_argument('--decay-epochs', default=30, type=POSITIVE, help='epochs between two decays (step)')
     group.add_argument('--warmup-epochs', default=5, type=COUNT, help='epochs of warm-up')
-    group.add_argument('--cooldown-epochs', default=0, type=COUNT, help='epochs after the schedule, at its last rate')
+    group.add_argument('--cooldown-epochs', default=0, type=COUNT, help='epochs after the schedule, at the last rate '
+                       'of cosine, tanh and poly; step and plateau go on')  # fmt: skip
     group.add_argument('--patience-epochs', default=10, type=COUNT, help='epochs without improvement (plateau)')
     group.add_argument('--decay-rate', '--dr', default=0.1, type=POSITIVE, help='factor of a decay (step, plateau); '
                        'the power (poly)')  # fmt: skip
@@ -304,7 +305,8 @@ def check_args(args: argparse.Namespace) -> None:
          '--distillation-tau is for --distillation-type soft'),
         (distils and args.train_mode is not True and (args.finetune or args.train_mode is False),
          'distillation needs the model in training mode: add --train-mode'),
-        (args.lr_noise and len(args.lr_noise) > 2, '--lr-noise takes one part of the training, or two'),
+        (args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise[0] >= [*args.lr_noise, 2][1]),
+         '--lr-noise takes one part of the training, or two, the smaller one first'),
         (args.lr_noise and args.lr_noise_pct * 100 <= args.lr_noise_std,  # timm draws until one is below
          '--lr-noise-pct has to be above a hundredth of --lr-noise-std'),
         (args.sched == 'plateau' and args.decay_rate >= 1, '--decay-rate has to be below 1 for --sched plateau'),

@@ -12,7 +12,6 @@ from typing import Any
 from config.flags import FlagParser, read_mapping
 from config.models import EVIT_ARGUMENTS, is_evit
 from training import checkpoint as ckpt
-from training.output import holds_run
 from training.weights import stored_args
 from utils import InputError, UsageError
 
@@ -103,9 +102,9 @@ def recalled_flags(args: argparse.Namespace, typed: set[str]) -> list[str]:
     source = (args.eval and args.resume) or args.finetune
     if not source:
         return []
-    folder = args.output_dir if args.auto_resume and not args.eval else ''
-    goes_on = folder != '' and holds_run(Path(folder)) and not Path(source).exists()
-    stored = stored_args(ckpt.load(folder if goes_on else source, newest=goes_on))
+    goes_on = args.auto_resume and args.output_dir and not args.eval  # then what it began with is not needed
+    newest = ckpt.newest_in(Path(args.output_dir)) if goes_on else None
+    stored = stored_args(ckpt.load(source) if newest is None else ckpt.from_bytes(newest[1], newest[0]))
     name = stored.get('model')
     if args.eval and (args.resume or isinstance(name, str)):
         without: tuple[str, ...] = ()

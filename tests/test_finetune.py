@@ -70,7 +70,15 @@ def test_another_model_is_refused_unless_asked_for(
 
 def test_a_folder_of_another_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / 'out'
-    first = [*DIGITS, '--finetune', str(trained), '--output_dir', str(out), '--auto-resume']
+    weights = tmp_path / 'weights.pth'
+    shutil.copy(trained / 'checkpoint.pth', weights)
+    first = [*DIGITS, '--finetune', str(weights), '--output_dir', str(out), '--auto-resume']
+    main(first)
+    weights.write_bytes(b'damaged')  # which the run needs no more
+    main(first)
+    first[first.index('--finetune') + 1] = str(trained)
+    assert f'--finetune was "{weights}"' in fails(first, capsys)
+    shutil.rmtree(out)
     main(first)
     again = fails([*first, '--model', 'dhvt_tiny_cifar_patch4'], capsys)
     assert 'is of a run that differs: --model was "dhvt_small_cifar_patch4", is "dhvt_tiny' in again

@@ -274,6 +274,7 @@ def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
         (['--model-kwargs', 'features_only=True'], 'features_only is refused'),
         (['--model', 'vgg11'], '--drop-path 0 leaves it out'),
         (['--lr-noise', '0.1', '0.2', '0.3'], 'two'),
+        (['--lr-noise', '0.9', '0.1'], 'the smaller one first'),
         (['--eval'], '--eval needs the weights'),
         (['--eval', '--finetune', 'x', '--only_test_speed'], 'exclude each other'),
         (['--resplit', '--reprob', '0'], 'needs random erasing'),
@@ -427,7 +428,7 @@ def test_evaluating_takes_up_the_runs_flags(
     argv = ['--device', 'cpu', '--num_workers', '0', '--eval', '--val-fraction', '0.1', '--export-safetensors', weights]
     for flag, source in (('--resume', str(tmp_path)), ('--finetune', str(tmp_path / 'checkpoint.pth'))):
         assert main([*argv, flag, source])['test_acc1'] == logged
-        assert '--val-fraction and --folds are for training' in capsys.readouterr().out
+        assert '--folds and --train-fraction are for training' in capsys.readouterr().out
     whole = Path(weights).read_bytes()
     code, error = fails([*argv, '--finetune', weights], capsys)
     assert code == 2 and 'which is read' in error and Path(weights).read_bytes() == whole

@@ -28,7 +28,7 @@ def state(number: float) -> dict:
 def test_a_renamed_folder_ends_its_run(tmp_path: Path) -> None:
     path = tmp_path / 'out'
     first = OutputFolder(str(path))
-    first.begin({}, lines=[], timings=[])
+    first.begin({}, lines=[], timings=[], best=-1.0)
     first.save(state(1.0))
     first.wait()
     path.rename(tmp_path / 'moved')
@@ -67,6 +67,32 @@ def test_an_export_without_the_best(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert 'best.safetensors is not written' in capsys.readouterr().out and not file.exists()
     main([*RUN, '--output_dir', str(tmp_path / 'b'), '--resume', str(out), '--export-safetensors', str(file)])
     assert 'best.safetensors is not written' in capsys.readouterr().out  # of no epoch of its own
+
+
+def test_an_export_of_no_better_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a folder too, in which the best one would lie."""
+    out, file = tmp_path / 'out', tmp_path / 'best.safetensors'
+    main([*RUN, '--output_dir', str(out)])
+    state = ckpt.load(str(out / 'checkpoint.pth'))
+    torch.save({**state, 'max_accuracy': 99.0}, tmp_path / 'good.pth')
+    more = ['--epochs', '2', '--force-resume', '--resume', str(tmp_path / 'good.pth')]
+    main([*RUN, *more, '--export-safetensors', str(file)])
+    assert 'best.safetensors is not written' in capsys.readouterr().out and not file.exists()
+
+
+def test_the_best_of_other_epochs_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of those that came after the checkpoint that the run goes on from."""
+    out = tmp_path / 'out'
+    main([*RUN, '--epochs', '2', '--output_dir', str(out)])
+    best = out / 'best_checkpoint.pth'
+    torch.save({**ckpt.load(str(best)), 'max_accuracy': 99.0}, best)
+    main([*RUN, '--epochs', '2', '--output_dir', str(out), '--resume', str(out / 'previous_checkpoint.pth')])
+    assert 'is kept as old_best_checkpoint.pth' in capsys.readouterr().out
+    assert ckpt.load(str(out / 'old_best_checkpoint.pth'))['max_accuracy'] == 99
+    last = ckpt.load(str(out / 'checkpoint.pth'))
+    assert ckpt.load(str(best))['max_accuracy'] == last['max_accuracy']
+    main([*RUN, '--epochs', '3', '--force-resume', '--output_dir', str(out), '--auto-resume'])
+    assert 'is kept as' not in capsys.readouterr().out
 
 
 def test_what_waits_keeps_its_place_among_newer_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

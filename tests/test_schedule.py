@@ -52,6 +52,18 @@ def test_schedule_by_optimizer_steps(tmp_path: Path) -> None:
     assert [line['train_lr'] for line in lines(tmp_path / 'log.txt')] == expected
 
 
+def test_an_epoch_goes_on_in_other_batches_at_the_schedules_rate(tmp_path: Path) -> None:
+    """From 8 of 11 batches of 128: by then 32 of 44 batches of 32 would be done."""
+    argv = [*DIGITS, '--epochs', '2', '--sched-on-updates', '--checkpoint-every', '8', '--output_dir', str(tmp_path)]
+    main(argv)
+    middle = tmp_path / 'previous_checkpoint.pth'
+    assert ckpt.load(str(middle))['progress']['batch'] == 8
+    again = main([*argv, '--batch-size', '32', '--force-resume', '--resume', str(middle)])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.05 * 32 / 512)
+    schedule = CosineLRScheduler(optimizer, t_initial=88, lr_min=1e-5, t_in_epochs=False)
+    assert again['train_lr'] == schedule._get_lr(87)[0]
+
+
 EVERYTHING = [
     *('--epochs', '3', '--warmup-epochs', '1', '--accum-steps', '2', '--sched-on-updates', '--model-ema'),
     *('--model-ema-warmup', '--mixup', '0.8', '--sampler', 'balanced', '--class-weights', 'balanced'),

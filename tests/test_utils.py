@@ -43,6 +43,12 @@ def test_launchers(env: dict[str, str], flags: dict[str, int], process: Process)
 def test_impossible_launch() -> None:
     with pytest.raises(UsageError, match='outside --world_size 2'):
         find_process({}, world_size=2, local_rank=2)
+    for rank, size, local, local_size in ((1, 1, 0, 1), (-1, 2, 0, 2), (0, 2, -1, 2), (0, 1, 0, 0)):
+        env = {'RANK': rank, 'WORLD_SIZE': size, 'LOCAL_RANK': local, 'LOCAL_WORLD_SIZE': local_size}
+        with pytest.raises(UsageError, match=f'process {rank}, .* is outside WORLD_SIZE {size}'):
+            find_process({name: str(value) for name, value in env.items()})
+    with pytest.raises(UsageError, match=r'process 5, .* is outside SLURM_STEP_NUM_TASKS 2'):
+        find_process({'SLURM_PROCID': '5', 'SLURM_STEP_NUM_TASKS': '2'})
     with pytest.raises(UsageError, match='is no number'):
         find_process({'RANK': 'a', 'WORLD_SIZE': '2'})
 

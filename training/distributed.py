@@ -97,21 +97,26 @@ def find_process(env: Mapping[str, str], *, world_size: int = 1, local_rank: int
         local_rank: this process's number on its machine, where no launcher gives it.
 
     Raises:
-        UsageError: for a variable that is no number, or a `local_rank` outside the group.
+        UsageError: for a variable that is no number, or a process outside the group.
     """
+    found = Process(local_rank, world_size, local_rank, world_size, 'flags' if world_size > 1 else 'none')
+    size = '--world_size'
     try:
+        tasks = int(env.get('SLURM_STEP_NUM_TASKS', 1))  # srun's; a job's own script runs in none of its steps
         if 'RANK' in env and 'WORLD_SIZE' in env:
+            size = 'WORLD_SIZE'
             local = int(env.get('LOCAL_RANK', local_rank))
             local_size = int(env.get('LOCAL_WORLD_SIZE', 1))
-            return Process(int(env['RANK']), int(env['WORLD_SIZE']), local, local_size, 'torchrun')
-        tasks = int(env.get('SLURM_STEP_NUM_TASKS', 1))  # srun's; a job's own script runs in none of its steps
-        if 'SLURM_PROCID' in env and tasks > 1:
-            return Process(int(env['SLURM_PROCID']), tasks, int(env.get('SLURM_LOCALID', 0)), 1, 'slurm')
+            found = Process(int(env['RANK']), int(env['WORLD_SIZE']), local, local_size, 'torchrun')
+        elif 'SLURM_PROCID' in env and tasks > 1:
+            size = 'SLURM_STEP_NUM_TASKS'
+            found = Process(int(env['SLURM_PROCID']), tasks, int(env.get('SLURM_LOCALID', 0)), 1, 'slurm')
     except ValueError as err:
         raise UsageError(f'a launcher variable (RANK, WORLD_SIZE, LOCAL_RANK, SLURM_*) is no number: {err}') from None
-    if world_size < 1 or not 0 <= local_rank < world_size:
-        raise UsageError(f'--local_rank {local_rank} is outside --world_size {world_size}')
-    return Process(local_rank, world_size, local_rank, world_size, 'flags' if world_size > 1 else 'none')
+    if not 0 <= found.rank < found.world_size or found.local_rank < 0 or found.local_world_size < 1:
+        place = f'{found.rank}, {found.local_rank} of {found.local_world_size} on its machine'
+        raise UsageError(f'process {place}, is outside {size} {found.world_size}')
+    return found
 
 
 def _slurm_rendezvous(env: Mapping[str, str]) -> dict[str, str]:

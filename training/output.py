@@ -152,6 +152,14 @@ def _set_aside(path: Path, prefix: str) -> Path:
     return path.replace(next(name for name in names if not name.exists()))
 
 
+def _accuracy_of(path: Path) -> Any:
+    """The accuracy that a best checkpoint says; None if it is damaged."""
+    try:
+        return ckpt.load(str(path)).get('max_accuracy')
+    except InputError:
+        return None
+
+
 class OutputFolder(BackgroundWriter):
     """The files of a run, written by the main process; an empty path writes none.
 
@@ -213,11 +221,18 @@ class OutputFolder(BackgroundWriter):
             _set_aside(first, 'damaged')
         return found
 
-    def begin(self, settings: dict[str, Any], *, lines: Sequence[dict], timings: Sequence[dict]) -> None:
-        """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them."""
+    def begin(self, settings: dict[str, Any], *, lines: Sequence[dict], timings: Sequence[dict], best: float) -> None:
+        """Writes args.yaml, and the logs up to here, which replace whatever an earlier start left of them.
+
+        Args:
+            best: the best accuracy so far, in percent; a best checkpoint of another is set aside.
+        """
         if self.path is None:
             return
         self._check_folder()
+        if (self.path / BEST).is_file() and _accuracy_of(self.path / BEST) != best:
+            where = _set_aside(self.path / BEST, 'old').name
+            log(f'Note: {self.path / BEST} is not of the epochs that this run goes on from, and is kept as {where}')
         log_file = self.path / 'log.txt'
         if not lines and log_file.is_file() and log_file.stat().st_size:
             log(f'Note: {log_file} is of a run without checkpoints, and is kept as {_set_aside(log_file, "old").name}')
@@ -284,13 +299,13 @@ class OutputFolder(BackgroundWriter):
         """Waits for all files; raises InputError if one of them could not be written."""
         try:
             super().close()
-            if self._export and not self._exported and self.path:
-                best = self.path / BEST
-                if best.is_file():  # of an earlier start
+            if self._export and not self._exported:
+                best = self.path and self.path / BEST
+                if best and best.is_file():  # of an earlier start
                     state = ckpt.load(str(best))
                     ckpt.write_bytes(self._export, ckpt.to_safetensors(state['model'], ckpt.export_metadata(state)))
                 else:
-                    log(f'Warning: there is no {best}: {self._export} is not written')
+                    log(f'Warning: no epoch was a better one, and there is no {BEST}: {self._export} is not written')
         finally:
             for writer in self.writers:
                 writer.close()

@@ -83,9 +83,10 @@ class Run:
         self._set_rates()
 
     def _count_updates(self) -> int:
-        """The optimizer steps before this place, as if each epoch before this one had had all of its."""
-        sums = self.progress.sums
-        return self.progress.epoch * self.run_settings.updates_per_epoch + sums.norms + sums.skipped
+        """The optimizer steps before this place, as if all of them had had this run's batches."""
+        progress, per_epoch = self.progress, self.run_settings.updates_per_epoch
+        done = progress.done - sum(draw < progress.done for draw in progress.skipped_draws())
+        return progress.epoch * per_epoch + per_epoch * done // (progress.num_draws or self.batches.num_draws)
 
     def _set_rates(self) -> None:
         """Brings the learning rates to where the schedule has this place."""
