@@ -212,17 +212,20 @@ def _open_splits(source: DataSource, *, train: bool) -> tuple[dict[str, ImageDat
 
 
 def _use_known_classes(source: DataSource, datasets: Sequence[ImageDataset], known: Sequence[str]) -> list[str]:
-    """Numbers the classes as a trained head does, if it has them all; gives notes."""
+    """Numbers the classes as a trained head does, by their order if it knows none; InputError if it knows some only."""
     classes = datasets[0].classes
     if list(known) == classes:
         return []
     others = [name for name in classes if name not in known]
+    what = f'{source} has classes that the checkpoint has not ({shorten(others)})'
+    if len(others) == len(classes):
+        return [f'{what}: labels are compared by their numbers']
     if others:
-        return [f'{source} has classes that the checkpoint has not ({shorten(others)}): '
-                'labels are compared by their numbers']  # fmt: skip
+        raise InputError(f'{what} beside {len(classes) - len(others)} that it has: rename or remove them')
     for dataset in datasets:
         dataset.relabel(known)
-    return [f"{source} numbers its classes otherwise than the checkpoint: the checkpoint's numbers are used"]
+    note = f"{source} numbers its classes otherwise than the checkpoint: the checkpoint's numbers are used"
+    return [note, *note_lacking(str(source), datasets[0].targets.tolist(), known)]
 
 
 def build_datasets(

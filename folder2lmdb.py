@@ -5,7 +5,6 @@ The format, and the data set that reads it, are in pipeline/lmdb_dataset.py.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -22,13 +21,12 @@ import lmdb
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from PIL.ExifTags import Base
 from tqdm import tqdm
 
 from config.errors import one_line_errors
 from config.flags import FROM_ONE, FlagParser, add_data_flags, usable_workers
 from datasets import DataSource, Splits, build_datasets
-from pipeline.images import ImageDataset, Reading, decode, explain_error
+from pipeline.images import ImageDataset, Reading, explain_error, shrink
 from pipeline.lmdb_dataset import FORMAT, HEADER, INDEX, TABLE, VERSION, ImageFolderLMDB, to_key
 from pipeline.loaders import TimedLoader
 from pipeline.workers import end_with_parent
@@ -39,28 +37,6 @@ from utils import InputError, UsageError, one_line, shorten
 
 CHUNK_IMAGES, CHUNK_BYTES = 256, 4 * 2**20  # what a reader process hands over at once, whichever comes first
 GROWTH = 256 * 2**20  # bytes by which the map grows at least
-
-
-def shrink(data: bytes, size: int) -> bytes:
-    """An image file's bytes, or those of a JPEG of quality 95 whose shorter side has `size` pixels if it has more.
-
-    The JPEG keeps the EXIF orientation. Grey images with more than 8 bits stay as they are: --value-range is for them.
-
-    Raises:
-        ValueError: with the reason, if it cannot be decoded.
-    """
-    file, exif = io.BytesIO(), Image.Exif()
-    with suppress(Exception):  # `decode` says what is wrong; EXIF data that cannot be parsed says nothing
-        stored = Image.open(io.BytesIO(data))
-        if stored.mode[0] in 'IF':
-            return data
-        exif[Base.Orientation] = stored.getexif().get(Base.Orientation, 1)
-    image = decode(data)
-    if (shorter := min(image.size)) <= size:
-        return data
-    width, height = (round(side * size / shorter) for side in image.size)
-    image.resize((width, height), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=95, exif=exif)
-    return file.getvalue()
 
 
 def _read_files(dataset: ImageDataset, max_size: int | None, numbers: Sequence[int]) -> tuple[list[bytes], list[int]]:
@@ -271,7 +247,8 @@ def build(splits: Splits, folder: Path, *, overwrite: bool, workers: int, **sett
                 f'{path} exists and holds other images ({stored.data_set}): '
                 'give another folder with --out, or replace it with --overwrite'
             )
-        print(f'{path}: complete, kept; --overwrite writes it again')
+        compared = 'names and labels' if stored.max_size else 'names, labels and sizes'
+        print(f'{path}: complete, kept, as {compared} are the same; --overwrite writes it again')
     with writing_to(folder) if jobs else nullcontext():
         for dataset, path in jobs:
             write_lmdb(dataset, path, workers=workers, **settings)
@@ -285,8 +262,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (args.check is None) == (args.dir is None):
             raise UsageError('give --dir ROOT to build, or --check FILE to check (see folder2lmdb.py --help)')
         if args.check is not None:
+            if args.out or args.max_size or args.overwrite:
+                raise UsageError('--check takes no --out, --max-size and --overwrite: they are for --dir')
+            problems = []
             for name in args.check:
-                print(check_lmdb(Path(name), workers=workers), flush=True)
+                try:
+                    print(check_lmdb(Path(name), workers=workers), flush=True)
+                except InputError as err:
+                    problems.append(str(err))
+            if problems:
+                raise InputError('; '.join(problems))
             return
         category = args.inat_category or ('name' if args.data_set in ('INAT', 'INAT19') else None)
         splits = build_datasets(DataSource(args.data_set, args.dir, args.data_layout, category))

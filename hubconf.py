@@ -43,7 +43,7 @@ def _load_trained(name: str, checkpoint: str, kwargs: dict[str, _typing.Any]) ->
     """A checkpoint's model, by way of tools/export.py in a process of its own: this one may have another `utils`."""
     from safetensors.torch import load_file, safe_open
 
-    size = [f'--input-size={kwargs["img_size"]}'] if 'img_size' in kwargs else []
+    size = [f'--input-size={kwargs["img_size"]}'] if isinstance(kwargs.get('img_size'), int) else []
     with _tempfile.TemporaryDirectory() as folder:
         path = f'{folder}/model.safetensors'
         command = [_sys.executable, str(_ROOT / 'tools' / 'export.py'), checkpoint, '--model', name, *size]
@@ -54,7 +54,10 @@ def _load_trained(name: str, checkpoint: str, kwargs: dict[str, _typing.Any]) ->
             config = _json.loads(file.metadata()['dhvt'])['timm']
         weights = load_file(path)
     model = _create_model(name, **{**config['model_args'], 'num_classes': config['num_classes'], **kwargs})
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as err:
+        raise ValueError(f'{checkpoint} does not fit {kwargs}: {" ".join(str(err).split())[:200]}') from None
     return model.eval()
 
 

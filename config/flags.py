@@ -93,7 +93,7 @@ def number(kind: type, *, low: float, high: float = float('inf'), low_open: bool
     return parse
 
 
-COUNT, FROM_ONE = number(int, low=0), number(int, low=1)
+COUNT, FROM_ONE = number(int, low=0, high=2**31 - 1), number(int, low=1, high=2**31 - 1)
 PIXELS = number(int, low=1, high=MAX_PIXELS)
 AMOUNT, POSITIVE = number(float, low=0.0), number(float, low=0.0, low_open=True)
 PROBABILITY, PART = number(float, low=0.0, high=1.0), number(float, low=0.0, high=1.0, low_open=True)
@@ -123,7 +123,7 @@ def output_file(*endings: str, devices: bool = False) -> Callable[[str], Path]:
 def refuse_inputs(flag: str, out: str | Path, inputs: Iterable[str | Path]) -> None:
     """Raises UsageError if what a flag has written is one of the files that are read."""
     for path in inputs:
-        if path and Path(out).exists() and Path(path).exists() and Path(out).samefile(path):
+        if path and Path(out).is_file() and Path(path).exists() and Path(out).samefile(path):
             raise UsageError(f'{flag} {out} would replace {path}, which is read: give another name')
 
 

@@ -91,10 +91,11 @@ def walk(root: str | Path, fail: Callable[[OSError], object] = _stop) -> Found:
     Links are followed, and each real folder is read once: by its own name if it lies below `root`.
 
     Args:
-        fail: called with the error of a folder that cannot be read, which is then left out.
+        fail: called with the error of a folder that cannot be read, or of a link that leads nowhere and is not named
+            as an image; it is then left out.
 
     Raises:
-        InputError: for such a folder, unless `fail` is given.
+        InputError: for one of these, unless `fail` is given.
     """
     extensions = image_extensions()
     found = Found({}, [], {})
@@ -122,7 +123,9 @@ def walk(root: str | Path, fail: Callable[[OSError], object] = _stop) -> Found:
                 path = f'{folder}/{entry.name}' if folder else entry.name
                 (pending if entry.is_symlink() else below).append(path)
             if ending not in extensions:
-                if not kind:
+                if not kind and entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110  perhaps of a folder
+                    fail(OSError(errno.ENOENT, 'a link that leads nowhere', entry.path))
+                elif not kind:
                     found.others.setdefault(folder, []).append(ending)
             elif kind:
                 found.special.append(f'{entry.path} ({kind})')

@@ -20,6 +20,7 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 from torch.utils.data import Dataset
 
 from utils import InputError, all_reduce, log, one_line, shorten
@@ -29,6 +30,9 @@ Transform = Callable[[Image.Image], Any]
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # `decode` says it in one line
 # Formats that Pillow names but cannot draw without a further plug-in.
 STUB_FORMATS = {'BUFR', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
+TOO_DARK = (
+    'its 16-bit values are all below 4096, as of 12-bit data: scale them to 0..65535, or give --value-range 0 4095'
+)
 MAX_BAD = 0.01  # the part of a data set that may be unreadable with --on-bad-image skip
 
 
@@ -91,10 +95,7 @@ class Reading:
         else:
             image = image.convert(self.mode)
         if is_deep and self.value_range is None and 0 < np.asarray(image).max() < 16:
-            raise ValueError(
-                'its 16-bit values are all below 4096, as of 12-bit data: scale them to 0..65535, or give '
-                '--value-range 0 4095'
-            )
+            raise ValueError(TOO_DARK)
         return image
 
     def _to_eight_bits(self, values: np.ndarray) -> Image.Image:
@@ -107,6 +108,8 @@ class Reading:
             raise ValueError(f'its values are floating-point numbers, whose range nothing says: {how}')
         if values.min() < 0 or values.max() >= 2**16:
             raise ValueError(f'its 32-bit integers are not in 0..65535: {how}')
+        if 0 < values.max() < 4096:
+            raise ValueError(TOO_DARK)
         return Image.fromarray((values >> 8).astype(np.uint8))
 
 
@@ -152,6 +155,29 @@ def decode(data: bytes | memoryview, reading: Reading = AS_STORED) -> Image.Imag
         raise ValueError('it is empty' if len(data) == 0 else 'its format is unknown') from None
     except Exception as err:  # Pillow's readers raise whatever broken bytes lead them to
         raise ValueError(explain_error(err)) from None
+
+
+def shrink(data: bytes, size: int) -> bytes:
+    """An image file's bytes, or those of a JPEG of quality 95 whose shorter side has `size` pixels if it has more.
+
+    The JPEG keeps the EXIF orientation. Grey images with more than 8 bits stay as they are: --value-range is for them.
+
+    Raises:
+        ValueError: with the reason, if it cannot be decoded.
+    """
+    file, exif = io.BytesIO(), Image.Exif()
+    with suppress(Exception):  # `decode` says what is wrong; EXIF data that cannot be parsed says nothing
+        stored = Image.open(io.BytesIO(data))
+        if stored.mode[0] in 'IF':
+            return data
+        turned = stored.getexif().get(Base.Orientation, 1)
+        exif[Base.Orientation] = int(turned) if turned in range(1, 9) else 1
+    image = decode(data)
+    if (shorter := min(image.size)) <= size:
+        return data
+    width, height = (round(side * size / shorter) for side in image.size)
+    image.resize((width, height), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=95, exif=exif)
+    return file.getvalue()
 
 
 def pack_names(names: Iterable[str]) -> np.ndarray:

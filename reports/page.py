@@ -168,7 +168,7 @@ def make(
         best=best,
         facts=facts,
         columns=columns,
-        notes=[*_find_notes(runs), *unknown, *left_out],
+        notes=[*_find_notes(runs), *unknown, *left_out, *([] if isinstance(found, str) else found.notes)],
         over_seeds=over_seeds,
         differences=find_differences(runs) if len(runs) > 1 else {},
         pictures=pictures,

@@ -82,7 +82,7 @@ class Predictions:
     """A checkpoint's predictions for n images.
 
     `targets` and `predicted` are class indices (n,), `confidence` the probabilities (n,) of the latter, `indices` the
-    images' numbers in `dataset`; `labels` name each class that is a target or predicted.
+    images' numbers in `dataset`; `labels` name each class that is a target or predicted; `notes` are on the images.
     """
 
     run: LoggedRun
@@ -93,6 +93,7 @@ class Predictions:
     predicted: np.ndarray
     confidence: np.ndarray
     epoch: int | None
+    notes: list[str]
 
     @property
     def accuracy(self) -> float:
@@ -164,7 +165,8 @@ def predict(
     extra = range(len(classes), max(len(classes), int(predicted.max()) + 1))
     labels = [*classes, *(f'output {number}, of no class' for number in extra)]
     epoch = state.get('epoch')
-    return Predictions(run, splits.val, labels, seen, targets[seen], predicted[seen], confidence[seen], epoch)
+    known = targets[seen], predicted[seen], confidence[seen]
+    return Predictions(run, splits.val, labels, seen, *known, epoch, splits.notes)
 
 
 @torch.inference_mode()

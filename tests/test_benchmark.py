@@ -59,6 +59,8 @@ def test_variants() -> None:
         (['step', '--distillation-type', 'hard'], 2, 'a step with a teacher is not measured'),
         (['loader', '--data-path', 'no-such-folder', '--data-set', 'FOLDER'], 1, 'no-such-folder'),
         (['speed'], 2, 'invalid choice'),
+        (['loader', '--only_test_speed'], 2, 'benchmark.py eval measures the evaluation'),
+        (['step', '--batch-size', '9' * 20], 2, 'at most'),
         (['step', '--rounds', '0'], 2, 'at least 1'),
     ],
 )

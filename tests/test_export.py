@@ -255,6 +255,14 @@ except ValueError as err:
     assert 'is of dhvt_tiny_cifar_patch4, not of dhvt_small_cifar_patch4' in str(err)
 else:
     raise SystemExit('another model was accepted')
+model = torch.hub.load(root, 'dhvt_tiny_cifar_patch4', source='local', checkpoint=checkpoint, img_size=(32, 48))
+assert model(torch.zeros(1, 3, 32, 48)).isfinite().all()
+try:
+    torch.hub.load(root, 'dhvt_tiny_cifar_patch4', source='local', checkpoint=checkpoint, num_classes=7)
+except ValueError as err:
+    assert 'does not fit' in str(err) and '\\n' not in str(err)
+else:
+    raise SystemExit('another head was accepted')
 assert sys.modules['utils'] is sys.modules['models'] is other and root not in sys.path
 files = {name: str(getattr(module, '__file__', '')) for name, module in sys.modules.items()}
 ours = [name for name, file in files.items() if file.startswith(root) and not file.startswith(sys.prefix)]

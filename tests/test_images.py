@@ -11,6 +11,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import DataSource, build_datasets
-from folder2lmdb import shrink
 from main import main
-from pipeline.images import BadImageError, Reading, decode, image_extensions, pack_names
+from pipeline.images import BadImageError, Reading, decode, image_extensions, pack_names, shrink
 from tests.conftest import PLAIN, ROOT, SMALL_MODEL
 from tests.processes import run
 from tests.test_distributed import trained_by
@@ -150,6 +150,8 @@ RAMP = np.linspace(0, 65535, 192)
         (tiff((RAMP / 16).reshape(12, 16).astype(np.uint16)), 'all below 4096, as of 12-bit data'),
         (encode(Image.fromarray((RAMP / 16).reshape(12, 16).astype(np.uint16)), 'PNG'), 'all below 4096'),
         (deep_png((RAMP / 16).reshape(8, 8, 3)), 'all below 4096, as of 12-bit data'),
+        (tiff((RAMP / 257).reshape(12, 16).astype(np.int32)), 'all below 4096'),  # 8-bit data as they are
+        (tiff((RAMP / 257).reshape(12, 16).astype(np.uint16)), 'all below 4096'),
     ],
 )
 def test_what_would_be_flattened_is_refused(data: bytes, reason: str) -> None:
@@ -225,6 +227,12 @@ def test_images_are_turned_where_that_is_asked_for(orientation: int, mode: str) 
 def test_exif_data_that_cannot_be_parsed_turns_nothing() -> None:
     data = encode(Image.fromarray(SMOOTH), 'JPEG', exif=b'Exif\0\0not a TIFF header')
     assert decode(data, Reading(exif_orientation=True)).size == (67, 51)
+    for orientation in ('6', b'6', 9, 70000, 6.0):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with suppress(Exception):  # Pillow writes some of these only
+            data = encode(Image.fromarray(SMOOTH), 'JPEG', exif=exif)
+        assert decode(shrink(data, 24)).size == (32, 24)
 
 
 @pytest.mark.parametrize('kind', [np.uint16, np.int32, np.float32])

@@ -288,10 +288,15 @@ def test_evaluation_keeps_the_class_numbers_of_the_checkpoint(
     (root / 'train').rename(tmp_path / 'elsewhere')
     evaluation = ['--eval', '--resume', str(out / 'checkpoint.pth'), '--device', 'cpu']
     assert main(evaluation)['test_acc1'] == line['test_acc1']
-    assert 'numbers its classes otherwise than the checkpoint' in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert 'numbers its classes otherwise than the checkpoint' in shown and 'a' in shown.partition('no images of')[2]
     (root / 'val' / 'b').rename(root / 'val' / 'new')
+    with pytest.raises(SystemExit):  # by their numbers, those that are known would be others
+        main([*evaluation, '--nb-classes', '3'])
+    assert 'has classes that the checkpoint has not (new) beside 1 that it has' in capsys.readouterr().err
+    (root / 'val' / 'c').rename(root / 'val' / 'other')
     main([*evaluation, '--nb-classes', '3'])
-    assert 'has classes that the checkpoint has not (new)' in capsys.readouterr().out
+    assert 'has classes that the checkpoint has not (new, other): labels are' in capsys.readouterr().out
 
 
 def test_another_data_set_forgets_how_the_first_one_lay(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -434,6 +439,13 @@ def test_links_that_lead_back(make_folder: MakeFolder, tmp_path: Path) -> None:
     train = build_datasets(DataSource('FOLDER', str(root))).train
     assert train is not None
     assert train.samples == [*expected, (str(root / 'train' / 'b' / 'val' / 'more.jpg'), 1)]
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_class(make_folder: MakeFolder) -> None:
+    root = make_folder({'train': ['a', 'b'], 'val': ['a', 'b']})
+    (root / 'val' / 'c').symlink_to('unmounted')
+    with pytest.raises(InputError, match='val/c: a link that leads nowhere'):
+        build_datasets(DataSource('FOLDER', str(root)))
 
 
 def test_class_names_have_one_unicode_form(make_folder: MakeFolder) -> None:

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 
 import folder2lmdb
 from datasets import DataSource, build_datasets
-from folder2lmdb import check_lmdb, shrink
+from folder2lmdb import check_lmdb
 from main import main
-from pipeline.images import BadImageError
+from pipeline.images import BadImageError, shrink
 from pipeline.lmdb_dataset import FORMAT, VERSION, ImageFolderLMDB, _stores
 from pipeline.transforms import build_transform
 from tests.conftest import PLAIN, SMALL_MODEL, make_lists
@@ -511,9 +511,13 @@ def test_domains_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 def test_wrong_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert 'give --dir ROOT' in build_fails(capsys, [], code=2)
     assert 'give --dir ROOT' in build_fails(capsys, ['--dir', str(folder), '--check', 'a'], code=2)
+    assert '--check takes no --out' in build_fails(capsys, ['--check', 'a', '--overwrite'], code=2)
     assert 'is for INAT' in build_fails(capsys, ['--dir', str(folder), '--inat-category', 'name'], code=2)
     assert 'no such folder' in build_fails(capsys, ['--dir', str(tmp_path / 'absent')])
-    assert 'No such file' in build_fails(capsys, ['--check', str(tmp_path / 'absent')])
+    with pytest.raises(SystemExit):
+        folder2lmdb.main(['--check', str(tmp_path / 'absent'), str(folder / 'train.lmdb'), '--num_workers', '0'])
+    checked = capsys.readouterr()  # the others, too
+    assert 'No such file' in checked.err and 'every image decodes' in checked.out
     with pytest.raises(SystemExit) as stop:
         main(['--data-set', 'DIGITS', '--verify-records'])
     assert stop.value.code == 2 and '--verify-records needs --use-lmdb' in capsys.readouterr().err

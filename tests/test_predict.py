@@ -168,6 +168,16 @@ def test_bad_images_are_named_and_skipped(made: Made, tmp_path: Path, capsys: py
     assert names_in(tmp_path) == ['empty', 'in', 'no.lmdb', 'p.csv']
 
 
+def test_the_list_of_inputs_is_not_replaced(made: Made, tmp_path: Path) -> None:
+    listed = tmp_path / 'list.csv'
+    listed.write_text('a.png\n')
+    command = [sys.executable, str(ROOT / 'tools' / 'predict.py'), str(made.checkpoint), '-', '--out', str(listed)]
+    with listed.open() as file:
+        done = subprocess.run(command, stdin=file, capture_output=True, text=True)
+    assert done.returncode == 2 and 'which is read: give another name' in done.stderr
+    assert listed.read_text() == 'a.png\n'
+
+
 def test_special_files_and_other_endings_are_named(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     good = sorted(made.root.glob('val/0/*.png'))[0]
     folder = tmp_path / 'in'
@@ -175,6 +185,7 @@ def test_special_files_and_other_endings_are_named(made: Made, tmp_path: Path, c
     (folder / 'sub' / '1.png').write_bytes(good.read_bytes())
     (folder / 'sub' / 'loop').symlink_to('..')
     (folder / 'photo.heic').touch()
+    (folder / 'sub' / 'gone').symlink_to('unmounted')
     os.mkfifo(folder / 'pipe.jpg')
     os.mkfifo(tmp_path / 'val.lmdb')
     wrong = [folder / 'pipe.jpg', '/dev/zero', tmp_path / 'val.lmdb']
@@ -183,6 +194,7 @@ def test_special_files_and_other_endings_are_named(made: Made, tmp_path: Path, c
     err = capsys.readouterr().err
     for message in (
         f'{folder}: 1 file left out: .heic',
+        f'skipped: {folder}/sub/gone: a link that leads nowhere',
         f'{folder}: left out, as no image files: {folder}/pipe.jpg (a named pipe)',
         'pipe.jpg cannot be read as an image (it is a named pipe, not a file)',
         '/dev/zero cannot be read as an image (it is a device, not a file)',

@@ -92,6 +92,10 @@ def test_interrupted_run_goes_on(download: Path, tmp_path: Path) -> None:
     (out / 'painting' / 'train' / 'apple' / '.1.jpg.x.dhvt-partial').write_bytes(b'half')
     main([str(download), str(out)])
     assert files(out).keys() == first.keys()
+    (out / 'painting' / 'classes.txt').write_text('mine')
+    with pytest.raises(SystemExit):
+        main([str(download), str(out)])
+    assert (out / 'painting' / 'classes.txt').read_text() == 'mine'
 
 
 def test_zip_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

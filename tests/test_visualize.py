@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import models  # noqa: F401
-from config.pretrained import load_trained
+from config.pretrained import load_trained, read_image
 from models.ablations import create_model
 from tools import visualize
 from tools.visualize import choose_blocks, get_activations
@@ -127,6 +127,19 @@ def test_titles_scales_and_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_layers() -> None:
     assert choose_blocks(None, 12) == [2, 5, 8, 11] and choose_blocks(None, 2) == [0, 1]
     assert choose_blocks([3, 1, 3], 4) == [1, 3] and choose_blocks(None, 1) == [0]
+
+
+@pytest.mark.parametrize('size', [16, 48])
+def test_what_is_seen_is_what_evaluation_sees(size: int, tmp_path: Path) -> None:
+    """Its pixels are those that are drawn; another size takes the largest part of that shape."""
+    path = tmp_path / 'image.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(path)
+    settings = load_trained(save(tmp_path / 'a.pth', 'dhvt_tiny_cifar_patch4', size))[1]
+    seen, pixels = visualize.show(str(path), settings)
+    image = read_image(str(path), settings.reading)
+    assert torch.equal(seen, settings.transform(image)) and pixels.shape == (size, size, 3)
+    whole = visualize.show(str(path), settings, (60, 90))[1]
+    np.testing.assert_array_equal(whole, np.asarray(image))
 
 
 def save(path: Path, name: str, size: int = 16, classes: list[str] | None = None, **kwargs: Any) -> str:

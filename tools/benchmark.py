@@ -126,6 +126,8 @@ def prepare_model(what: str, args: argparse.Namespace, device: torch.device) -> 
 def prepare(what: str, flags: Sequence[str]) -> RunBatches:
     """Builds everything that main.py builds from the flags; returns what is timed."""
     args = parse_args([*DEFAULTS, *flags])
+    if args.eval or args.only_test_speed:
+        raise UsageError('--eval and --only_test_speed are not for this: benchmark.py eval measures the evaluation')
     device = find_device(args.device)
     set_backends(device, deterministic=args.deterministic, tf32=args.tf32)
     return prepare_loader(args, device) if what == 'loader' else prepare_model(what, args, device)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config.errors import one_line_errors
-from config.flags import COUNT, FROM_ONE, FlagParser, output_file, usable_workers
+from config.flags import COUNT, FROM_ONE, FlagParser, output_file, refuse_inputs, usable_workers
 from config.pretrained import Settings, add_checkpoint_flags, fold_if_equal, load_chosen
 from engine import forward
 from pipeline.file_dataset import FileDataset
@@ -271,6 +271,8 @@ def write_rows(
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     with one_line_errors(PROGRAM), no_children_left():
+        if args.out:
+            refuse_inputs('--out', args.out, ['/dev/stdin' if name == '-' else name for name in args.inputs])
         device = find_device(args.device)
         model, settings, _ = load_chosen(args)
         stored = settings.args.get('amp')

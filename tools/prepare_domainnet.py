@@ -127,8 +127,11 @@ def prepare(root: Path, out: Path, domain: str, *, allow_missing: bool) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with writing_to(folder):
         names = ('\n'.join(classes) + '\n').encode()
-        if not (folder / CLASSES_FILE).is_file() or (folder / CLASSES_FILE).read_bytes() != names:
-            write_bytes(folder / CLASSES_FILE, names)
+        path = folder / CLASSES_FILE
+        if not path.exists():
+            write_bytes(path, names)
+        elif path.read_bytes() != names:
+            raise InputError(f'{path} has other classes than the lists: remove it, or give another folder')
         for parent in {target.parent for _, target in jobs}:
             parent.mkdir(parents=True, exist_ok=True)
             remove_temporary(parent)

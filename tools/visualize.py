@@ -214,18 +214,32 @@ def draw_attention(pictures: list[Image.Image], names: list[str], seen: list[Act
     return figure
 
 
+def show(path: str, settings: Settings, size: tuple[int, int] | None = None) -> tuple[Tensor, np.ndarray]:
+    """An image (C, H, W) as the model takes it, and what that shows, (H, W, 3) in uint8.
+
+    Args:
+        size: height and width, of which the largest part of that shape is taken; as evaluation sees it if not given.
+    """
+    image, mean, std = read_image(path, settings.reading), list(settings.mean), list(settings.std)
+    if size is None:
+        seen = settings.transform(image)
+    else:
+        fitted = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+        seen = pixels_to.normalize(pixels_to.to_dtype(pixels_to.pil_to_tensor(fitted), scale=True), mean, std)
+    pixels = seen * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return seen, (pixels.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
 def attention(args: argparse.Namespace) -> Drawn:
     model, settings, (height, width) = load_attentive(args)
     classes = settings.classes
     layers = choose_blocks(args.layers, len(model.blocks))
     pictures, seen = [], []
-    scale = max(1, -(-240 // height))  # shown in more detail than the model sees
+    scale = max(1, -(-240 // height))  # small ones are shown larger, without hard edges
     for path in args.images:
-        image = read_image(path, settings.reading)
-        fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)  # the largest part of that shape
-        pixels = pixels_to.to_dtype(pixels_to.pil_to_tensor(fitted), scale=True)
-        seen.append(get_activations(model, pixels_to.normalize(pixels, list(settings.mean), list(settings.std))[None]))
-        pictures.append(ImageOps.fit(image.convert('RGB'), (width * scale, height * scale), Image.Resampling.BICUBIC))
+        image, pixels = show(path, settings, (height, width) if args.size else None)
+        seen.append(get_activations(model, image[None]))
+        pictures.append(Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
     best = [one.probabilities[0].max(dim=0) for one in seen]
     shown, _ = drawable(classes)
     names = [f'{shorten_text(shown[index], 30)}, {value:.1%}' for value, index in best]
@@ -296,13 +310,11 @@ def evit_mask(args: argparse.Namespace) -> Drawn:
     model, settings, _ = load_chosen(args, further=evit_kwargs(given))
     if not isinstance(model, EViT):
         raise InputError(f'{args.checkpoint} is not of an EViT (deit_…_shrink_base)')
-    mean, std = (torch.tensor(value)[:, None, None] for value in (settings.mean, settings.std))
     pictures, states = [], []
     for path in args.images:
-        image: Tensor = settings.transform(read_image(path, settings.reading))  # (C, S, S)
+        image, pixels = show(path, settings)
         states.append(find_states(model, image[None]))
-        pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
-        pictures.append(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        pictures.append(pixels)
     if not states[0]:
         raise UsageError('no block of this model drops tokens: give a --base_keep_rate below 1')
     said = f'{len(pictures)} images, blocks {", ".join(map(str, states[0]))}'
