@@ -62,7 +62,7 @@ def report_speed(args: argparse.Namespace, model: nn.Module, device: torch.devic
         return
     size = (args.in_chans, args.input_size, args.input_size)
     parameters = sum(p.numel() for p in model.parameters())
-    log(f'{args.model}: {parameters:,} parameters, {count_macs(model, size) / 1e9:.3f} G multiply-adds an image')
+    log(f'{args.model}: {parameters:,} parameters, {count_macs(model, size) / 1e9:.4g} G multiply-adds an image')
     rate = images_per_second(model, size, batch_size=args.batch_size, amp_dtype=amp)
     log(f'{rate:.1f} images/s in evaluation, batch {args.batch_size}, {args.input_size} px, {amp_name(amp)}, {device}')
 

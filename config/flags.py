@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,6 +36,7 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(
             prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=HelpFormatter
         )
+        self._negative_number_matcher = re.compile(r'-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.IGNORECASE)  # of all Pythons
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         spellings = {name.replace('_', '-'): name for name in self._option_string_actions}

@@ -43,6 +43,8 @@ def config_flags(parser: FlagParser, path: str) -> list[str]:
             near = difflib.get_close_matches(name, names, n=1)
             raise UsageError(f'{path}: there is no flag {key!r}' + ''.join(f' (is {flag} meant?)' for flag in near))
         switch, choices = actions[name].nargs == 0, actions[name].choices or ()
+        if value is None and actions[name].default not in (None, '', []):
+            raise UsageError(f'{path}: {key} cannot be null: leave it out, or write what it is to be')
         if value is not None and not isinstance(value, bool if switch else (str, int, float, list, dict)):
             raise UsageError(f'{path}: {key} cannot be {value!r:.40}' + ', but true or false' * switch)
         if value is False and 'off' in choices:

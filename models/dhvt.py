@@ -123,8 +123,8 @@ class SelfAttention(Attention):
     def attend(self, x: Tensor) -> Tensor:
         """Any tokens (B, T, D) to the same shape."""
         q, k, v = rearrange(self.qkv(x), 'b t (qkv h d) -> qkv b h t d', qkv=3, h=self.num_heads)
-        # On CPUs the fused kernel's backward is several times slower than the plain products.
-        if self.fused_attn and not (x.device.type == 'cpu' and torch.is_grad_enabled()):
+        # On CPUs the fused kernel's backward is several times slower than the plain products. A trace has one way only.
+        if self.fused_attn and (x.device.type != 'cpu' or not torch.is_grad_enabled() or torch.jit.is_tracing()):
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:
             attn = (q @ k.transpose(-2, -1)) * self.scale  # (B, h, T, T)

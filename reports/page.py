@@ -66,7 +66,7 @@ def list_facts(run: LoggedRun, cost: tuple[int, int] | None) -> list[Fact]:
         _percent('best moving average', run.result('ema_test_acc1'), better),
         Fact(f'last loss, train / {images}', ' / '.join(f'{loss.value:.4f}' if loss else '–' for loss in losses)),
         Fact('parameters', f'{parameters:,}' if parameters else '–'),
-        Fact('multiply-adds an image', f'{cost[1] / 1e9:.3f} G' if cost else '–'),
+        Fact('multiply-adds an image', f'{cost[1] / 1e9:.4g} G' if cost else '–'),
         Fact('images a second, median', f'{statistics.median(rates):,.0f}' if rates else '–'),
         Fact(
             'training time lost to data', f'{waiting / train:.1%}' if train and run.series('data_seconds')[0] else '–'

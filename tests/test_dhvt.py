@@ -333,3 +333,8 @@ def test_export_with_dynamic_batch() -> None:
     program = torch.export.export(model, (torch.randn(2, 3, 16, 16),), dynamic_shapes={'x': {0: batch}})
     images = torch.randn(5, 3, 16, 16)
     torch.testing.assert_close(program.module()(images), model(images))
+
+
+def test_trace() -> None:
+    model, images = small().eval(), torch.randn(2, 3, 16, 16)  # with gradients, as users trace
+    torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images))  # type: ignore[no-untyped-call]

@@ -26,6 +26,7 @@ def write(path: Path, text: str) -> str:
 def test_a_run_is_repeated_from_its_args_yaml(tmp_path: Path) -> None:
     folders = [str(tmp_path / name) for name in 'abc']
     further = ['--checkpoint-every', '0.5m', '--opt-betas', '0.9', '0.98', '--auto-resume', '--lr-noise', '0.5', '0.9']
+    further += ['--value-range', '-1e-05', '255']
     main.main([*RUN, *further, '--output_dir', folders[0]])
     config = ['-c', f'{folders[0]}/args.yaml']
     main.main([*config, '--output_dir', folders[1]])
@@ -66,6 +67,7 @@ def test_a_recipe_by_hand(tmp_path: Path) -> None:
         ('lr: true', 2, 'argument --lr: expected one argument'),
         ('sched: cosin', 2, "invalid choice: 'cosin'"),
         ('eval: 1', 2, 'eval cannot be 1, but true or false'),
+        ('aa:', 2, 'aa cannot be null: leave it out, or write'),
         ('seed: 2020-01-01', 2, 'seed cannot be datetime'),
         ('drop_loc: [1, --eval]', 1, 'as drop_loc'),
         ('model_kwargs: [[--eval, 1]]', 1, 'as model_kwargs'),
