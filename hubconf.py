@@ -49,7 +49,7 @@ def _load_trained(name: str, checkpoint: str, kwargs: dict[str, _typing.Any]) ->
         command = [_sys.executable, str(_ROOT / 'tools' / 'export.py'), checkpoint, '--model', name, *size]
         done = _subprocess.run([*command, '--format', 'safetensors', '--out', path], capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(done.stderr.strip().rpartition('\n')[2])
+            raise ValueError(done.stderr.strip().rpartition('\n')[2].removeprefix('export.py: error: '))
         with safe_open(path, 'pt') as file:
             config = _json.loads(file.metadata()['dhvt'])['timm']
         weights = load_file(path)

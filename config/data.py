@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from timm.data import Mixup
@@ -68,6 +69,8 @@ def load_splits(
             train_fraction_seed=args.train_fraction_seed,
             known_classes=known_classes,
         )
+    if args.data_set == 'DIGITS' and Path(args.data_path).resolve() != Path('data').resolve():
+        splits.notes.append(f'{args.data_path} is not read: DIGITS comes with scikit-learn; --data-set FOLDER reads it')
     reading = find_reading(vars(args))
     for split in (splits.train, splits.val, splits.test):
         if split is not None:
@@ -108,7 +111,8 @@ def plan_batches(args: argparse.Namespace, splits: Splits, process: Process) -> 
     if not len(batches):
         raise InputError(
             f'{len(splits.train)} training images do not fill one batch of {args.batch_size} on each of '
-            f'{process.world_size} process{"es" if process.world_size > 1 else ""}: lower --batch-size'
+            f'{process.world_size} process{"es" if process.world_size > 1 else ""}: '
+            f'--batch-size {len(splits.train) // process.world_size} or less'
         )
     return batches
 

@@ -104,7 +104,8 @@ def find_folders(root: Path, *, train: bool) -> Layout:
     folders, others = _find_splits(root)
     absent = [split for split in (('train', 'val') if train else ('val',)) if split not in folders]
     if absent:
-        raise InputError(f'{root} has no folder {" and no folder ".join(absent)}; it needs <split>/<class>/<image>')
+        raise InputError(f'{root} has no folder {" and no folder ".join(absent)}; it needs <split>/<class>/<image>: '
+                         'give the folder that holds train/ and val/ with --data-path')  # fmt: skip
     notes: list[str] = []
     sources = {split: root / folder for split, folder in folders.items()}
     rows = {split: _read_annotations(folder, notes) for split, folder in sources.items()}

@@ -22,14 +22,14 @@ COMMAND = re.compile(
     r'((?:[A-Z_]+=\S+ )*)(bash (?:run_code|finetune)\.sh|python (?:main|folder2lmdb|tools/\w+)\.py)([^`;\n]*)'
 )
 
-# Runs the blocks in one process, as the imports take longer than the rest.
+# Runs the commands in one process, as the imports take longer than the rest; programs each in one of its own.
 DRIVER = """
-import importlib, runpy, shlex, sys
+import importlib, shlex, subprocess, sys
 
 for name in sys.argv[1:]:
     print('block', name, flush=True)
     if name.endswith('.py'):
-        runpy.run_path(name, run_name='__main__')
+        subprocess.run([sys.executable, name], check=True)
         continue
     for line in open(name).read().replace('\\\\\\n', ' ').splitlines():
         program, script, *words = shlex.split(line)

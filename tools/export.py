@@ -65,6 +65,15 @@ def describe(settings: Settings, origin: Origin) -> dict[str, Any]:
     return {**said, 'mean': list(settings.mean), 'std': list(settings.std), **origin.claims}
 
 
+def describe_run(settings: Settings, origin: Origin) -> dict[str, Any]:
+    """What main.py and hubconf.py need to know beside the weights."""
+    metadata = ckpt.export_metadata(origin.checkpoint)
+    metadata['args'] = {**metadata['args'], 'model': settings.name, 'input_size': settings.input_size}
+    metadata |= describe(settings, origin)
+    del metadata['model']  # where a checkpoint has its weights
+    return metadata
+
+
 # Each of these writes to a path, and gives the logits of what it has read back from there.
 
 
@@ -127,20 +136,16 @@ def write_safetensors(model: nn.Module, settings: Settings, path: Path, origin: 
     with tempfile.TemporaryDirectory() as folder:
         timm_config(model, settings, Path(folder, 'config.json'), origin)
         config = json.loads(Path(folder, 'config.json').read_text())
-    metadata = ckpt.export_metadata(origin.checkpoint)
-    metadata['args'] = {**metadata['args'], 'model': settings.name, 'input_size': settings.input_size}
-    metadata |= {**describe(settings, origin), 'timm': config}
-    metadata.pop('model')  # where a checkpoint has its weights
-    path.write_bytes(ckpt.to_safetensors(model.state_dict(), metadata))
+    path.write_bytes(ckpt.to_safetensors(model.state_dict(), {**describe_run(settings, origin), 'timm': config}))
     return load_trained(str(path))[0]
 
 
 def write_timm(model: nn.Module, settings: Settings, path: Path, origin: Origin) -> Forward:
-    """A folder for timm.create_model('local-dir:FOLDER', pretrained=True)."""
+    """A folder for timm.create_model('local-dir:FOLDER', pretrained=True), and for whatever reads checkpoints here."""
     path.mkdir()
     (path / 'README.md').write_text(model_card(model, settings, origin), encoding='utf-8')
     timm_config(model, settings, path / 'config.json', origin)  # takes the claims of timm's registry out of the model
-    (path / 'model.safetensors').write_bytes(ckpt.to_safetensors(model.state_dict(), describe(settings, origin)))
+    (path / 'model.safetensors').write_bytes(ckpt.to_safetensors(model.state_dict(), describe_run(settings, origin)))
     return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
 
 

@@ -30,6 +30,7 @@ from utils import InputError, log, one_line
 
 TEMPORARY = '.dhvt-partial'  # how names of files end that are not whole yet
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
+EXPORTED = 'model.safetensors'  # timm's and the Hub's name
 PLAIN = (
     *('args', 'classes', 'fingerprint', 'epoch', 'progress', 'max_accuracy', 'best_of', 'keep_rate'),
     *('history', 'timings', 'left_out'),
@@ -234,7 +235,7 @@ def _from_safetensors(data: bytes, source: str) -> dict[str, Any]:
         own = json.loads(metadata.get('dhvt', '{}'))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as err:
         raise InputError(f'{source} is damaged, or no safetensors file: {one_line(err)}') from None
-    return {'model': weights, **(own if isinstance(own, dict) else {})}
+    return {**(own if isinstance(own, dict) else {}), 'model': weights}
 
 
 def check_fields(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
@@ -305,7 +306,7 @@ def load(source: str, *, newest: bool = False) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU.
 
     Args:
-        source: a file's path or URL, or a run's folder: its best checkpoint is taken.
+        source: a file's path or URL, or a run's folder: its best checkpoint is taken; or the folder of an export.
         newest: take a folder's newest.
 
     Raises:
@@ -320,10 +321,12 @@ def load(source: str, *, newest: bool = False) -> dict[str, Any]:
         except InputError as err:
             log(f'Warning: {err}')
     found = newest_in(folder)
+    if found is None and (folder / EXPORTED).is_file():
+        return from_bytes(read(str(folder / EXPORTED)), str(folder / EXPORTED))
     if found is None:
         raise InputError(f'{source} is a folder without a {BEST} or {CHECKPOINT}')
     if not newest:
-        log(f'Warning: {source} has no whole {BEST}: {found[0]} is taken')
+        log(f'Warning: {source} has no {"whole " * (folder / BEST).exists()}{BEST}: {found[0]} is taken')
     return from_bytes(found[1], found[0])
 
 
