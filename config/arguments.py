@@ -305,7 +305,7 @@ def check_args(args: argparse.Namespace) -> None:
          '--distillation-tau is for --distillation-type soft'),
         (distils and args.train_mode is not True and (args.finetune or args.train_mode is False),
          'distillation needs the model in training mode: add --train-mode'),
-        (args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise[0] >= [*args.lr_noise, 2][1]),
+        (args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(set(args.lr_noise))),
          '--lr-noise takes one part of the training, or two, the smaller one first'),
         (args.lr_noise and args.lr_noise_pct * 100 <= args.lr_noise_std,  # timm draws until one is below
          '--lr-noise-pct has to be above a hundredth of --lr-noise-std'),

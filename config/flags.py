@@ -18,6 +18,7 @@ from utils import InputError, UsageError, num_usable_cores
 MAX_PIXELS = 8192  # of an image's side
 MAX_BYTES = 2**20  # of a file of settings
 MAX_LEVELS = 20
+MAX_COUNT = 2**31 - 1  # of what flags count
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -36,7 +37,7 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(
             prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=HelpFormatter
         )
-        self._negative_number_matcher = re.compile(r'-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.IGNORECASE)  # of all Pythons
+        self._negative_number_matcher = re.compile(r'-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.IGNORECASE)  # with exponents
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         spellings = {name.replace('_', '-'): name for name in self._option_string_actions}
@@ -95,11 +96,11 @@ def number(kind: type, *, low: float, high: float = float('inf'), low_open: bool
     return parse
 
 
-COUNT, FROM_ONE = number(int, low=0, high=2**31 - 1), number(int, low=1, high=2**31 - 1)
+COUNT, FROM_ONE = number(int, low=0, high=MAX_COUNT), number(int, low=1, high=MAX_COUNT)
 PIXELS = number(int, low=1, high=MAX_PIXELS)
 AMOUNT, POSITIVE = number(float, low=0.0), number(float, low=0.0, low_open=True)
 PROBABILITY, PART = number(float, low=0.0, high=1.0), number(float, low=0.0, high=1.0, low_open=True)
-SEED = number(int, low=0, high=2**31 - 1)
+SEED = COUNT
 SECONDS = number(float, low=0.0, high=1e6, low_open=True)  # of a wait: polls take no more milliseconds than 2**31
 
 
@@ -122,10 +123,13 @@ def output_file(*endings: str, devices: bool = False) -> Callable[[str], Path]:
     return parse
 
 
-def refuse_inputs(flag: str, out: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raises UsageError if what a flag has written is one of the files that are read."""
-    for path in inputs:
-        if path and Path(out).is_file() and Path(path).exists() and Path(out).samefile(path):
+def refuse_inputs(flag: str, out: str | Path, inputs: Iterable[str]) -> None:
+    """Raises UsageError if the file or folder that a flag has written is one that is read, or holds one."""
+    out = Path(out)
+    if not out.is_file() and not out.is_dir():  # devices may be both
+        return
+    for path in map(Path, filter(None, inputs)):
+        if path.exists() and (out.samefile(path) or out.samefile(path.parent)):
             raise UsageError(f'{flag} {out} would replace {path}, which is read: give another name')
 
 

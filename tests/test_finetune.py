@@ -137,7 +137,11 @@ def test_a_folder_is_a_checkpoint_everywhere(
     assert (tmp_path / 'a' / 'model.safetensors').exists()
     Image.new('RGB', (16, 16)).save(tmp_path / 'black.png')
     predict.main([str(trained), str(tmp_path / 'black.png'), '--device', 'cpu'])
+    exported = [path.read_bytes() for path in sorted((tmp_path / 'a').iterdir())]
     for source in ('a', 'a/model.safetensors'):  # of the export, which has the run's flags too
+        with pytest.raises(SystemExit, match='2'):
+            export.main([str(tmp_path / source), '--format', 'timm', '--out', str(tmp_path / 'a')])
+        assert exported == [path.read_bytes() for path in sorted((tmp_path / 'a').iterdir())]
         assert main(['--eval', '--resume', str(tmp_path / source), '--device', 'cpu'])['test_acc1'] == accuracy
     assert '(100.0% of the weights)' in (main([*DIGITS, '--finetune', str(tmp_path / 'a')]), capsys.readouterr().out)[1]
     with pytest.raises(SystemExit):

@@ -30,6 +30,7 @@ from utils import InputError, ProgressBar, UsageError, format_seconds, one_line
             Process(5, 8, 1, 4, 'torchrun'),
         ),
         ({'RANK': '5', 'WORLD_SIZE': '8'}, {'local_rank': 3}, Process(5, 8, 3, 1, 'torchrun')),
+        ({'RANK': '0', 'WORLD_SIZE': '1', 'SLURM_STEP_NUM_TASKS': ''}, {}, Process(0, 1, 0, 1, 'torchrun')),
         ({'SLURM_PROCID': '9', 'SLURM_STEP_NUM_TASKS': '16', 'SLURM_LOCALID': '1'}, {}, Process(9, 16, 1, 1, 'slurm')),
         ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '4'}, {}, Process(0, 1, 0, 1, 'none')),  # sbatch's script, not srun
         ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '16', 'SLURM_STEP_NUM_TASKS': '1'}, {}, Process(0, 1, 0, 1, 'none')),

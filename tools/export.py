@@ -145,7 +145,7 @@ def write_timm(model: nn.Module, settings: Settings, path: Path, origin: Origin)
     path.mkdir()
     (path / 'README.md').write_text(model_card(model, settings, origin), encoding='utf-8')
     timm_config(model, settings, path / 'config.json', origin)  # takes the claims of timm's registry out of the model
-    (path / 'model.safetensors').write_bytes(ckpt.to_safetensors(model.state_dict(), describe_run(settings, origin)))
+    (path / ckpt.EXPORTED).write_bytes(ckpt.to_safetensors(model.state_dict(), describe_run(settings, origin)))
     return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
 
 
@@ -158,7 +158,7 @@ FORMATS: dict[str, Callable[[nn.Module, Settings, Path, Origin], Forward]] = {
 # Of the weights that the registry's entry is of, which are not these.
 CLAIMS = ('license', 'origin_url', 'paper_ids', 'paper_name', 'tag', 'notes', 'test_input_size', 'test_crop_pct')
 ENDINGS = {'torch-export': '.pt2', 'onnx': '.onnx', 'safetensors': '.safetensors', 'timm': ''}
-TIMM_FILES = {'README.md', 'config.json', 'model.safetensors'}
+TIMM_FILES = {'README.md', 'config.json', ckpt.EXPORTED}
 
 
 def find_target(kind: str, given: Path) -> Path:

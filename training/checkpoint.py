@@ -322,7 +322,7 @@ def load(source: str, *, newest: bool = False) -> dict[str, Any]:
             log(f'Warning: {err}')
     found = newest_in(folder)
     if found is None and (folder / EXPORTED).is_file():
-        return from_bytes(read(str(folder / EXPORTED)), str(folder / EXPORTED))
+        return load(str(folder / EXPORTED))
     if found is None:
         raise InputError(f'{source} is a folder without a {BEST} or {CHECKPOINT}')
     if not newest:

@@ -102,14 +102,13 @@ def find_process(env: Mapping[str, str], *, world_size: int = 1, local_rank: int
     found = Process(local_rank, world_size, local_rank, world_size, 'flags' if world_size > 1 else 'none')
     size = '--world_size'
     try:
-        tasks = int(env.get('SLURM_STEP_NUM_TASKS', 1))  # srun's; a job's own script runs in none of its steps
         if 'RANK' in env and 'WORLD_SIZE' in env:
             size = 'WORLD_SIZE'
             local = int(env.get('LOCAL_RANK', local_rank))
             local_size = int(env.get('LOCAL_WORLD_SIZE', 1))
             found = Process(int(env['RANK']), int(env['WORLD_SIZE']), local, local_size, 'torchrun')
-        elif 'SLURM_PROCID' in env and tasks > 1:
-            size = 'SLURM_STEP_NUM_TASKS'
+        elif 'SLURM_PROCID' in env and (tasks := int(env.get('SLURM_STEP_NUM_TASKS', 1))) > 1:
+            size = 'SLURM_STEP_NUM_TASKS'  # srun's; a job's own script runs in none of its steps
             found = Process(int(env['SLURM_PROCID']), tasks, int(env.get('SLURM_LOCALID', 0)), 1, 'slurm')
     except ValueError as err:
         raise UsageError(f'a launcher variable (RANK, WORLD_SIZE, LOCAL_RANK, SLURM_*) is no number: {err}') from None
